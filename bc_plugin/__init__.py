@@ -1,0 +1,19 @@
+"""Bias compensation for quantized models, inside the toolkits that quantize them."""
+
+from .compensate import compensate
+from .compensation import Compensation
+from .config import BiasCompensationConfig
+from .errors import BiasCompensationError
+from .evaluate import evaluate
+from .patching import disable, enable, enabled
+
+__all__ = [
+    "BiasCompensationConfig",
+    "BiasCompensationError",
+    "Compensation",
+    "compensate",
+    "disable",
+    "enable",
+    "enabled",
+    "evaluate",
+]

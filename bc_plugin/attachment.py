@@ -1,0 +1,161 @@
+"""Vectors in place: added to a module's output, or merged into its bias.
+
+A site's vectors are a buffer ``bias_compensation`` of shape (positions + 1, features) on the site's
+own module, so whatever saves or moves the model saves and moves them too.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .names import VECTOR
+from .positions import PositionTracker
+
+BASE = "bias_without_compensation"
+
+
+class AttachedSite:
+    """The vectors of one site, in place until ``detach``.
+
+    Args:
+        module: The quantized linear, or the block.
+        vectors: (positions + 1, features).
+        tracker: Tells which row each token uses; shared by all sites of a model.
+        dtype: The type the model computes in.
+    """
+
+    def __init__(
+        self, module: nn.Module, vectors: Tensor, tracker: PositionTracker, dtype: torch.dtype
+    ) -> None:
+        self.module = module
+        mergeable = kernel_adds_bias(module, vectors, dtype)
+        module.register_buffer(VECTOR, vectors)
+        self.merged = MergedBias(module, dtype) if mergeable else None
+        self.handle = None
+        if self.merged is None or tracker.positions > 0:
+            # Before other hooks, so that recorders of hidden states see the compensated output.
+            adder = VectorAdder(tracker, shared_is_merged=self.merged is not None)
+            self.handle = module.register_forward_hook(adder, prepend=True)
+
+    def detach(self) -> None:
+        """Put the module back as it was."""
+        if self.handle is not None:
+            self.handle.remove()
+        if self.merged is not None:
+            self.merged.undo(self.module)
+        delattr(self.module, VECTOR)
+
+
+class VectorAdder:
+    """Forward hook that adds to each token's output its row of the module's vectors."""
+
+    def __init__(self, tracker: PositionTracker, shared_is_merged: bool) -> None:
+        self.tracker = tracker
+        self.shared_is_merged = shared_is_merged
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        rows = self.tracker.rows
+        if rows is None and self.shared_is_merged:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        vectors = getattr(module, VECTOR).to(hidden.device)
+        if rows is None:
+            hidden = hidden + vectors[-1].to(hidden.dtype)
+        else:
+            if self.shared_is_merged:
+                wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+                vectors = wide - wide[-1]
+            rows = rows.to(hidden.device).reshape(hidden.shape[:-1])
+            hidden = hidden + vectors.to(hidden.dtype)[rows]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+class MergedBias:
+    """The shared vector inside the bias that the module's own kernel adds, where it costs nothing.
+
+    The state dict keeps the bias the module had, so that a saved model does not count twice.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        base = module.bias
+        self.home = "parameter" if "bias" in module._parameters else "attribute"
+        self.persistent = False
+        if "bias" in module._buffers:
+            self.home = "buffer"
+            self.persistent = "bias" not in module._non_persistent_buffers_set
+        self.requires_grad = base is not None and base.requires_grad
+        delattr(module, "bias")
+        module.register_buffer(BASE, None if base is None else base.detach(), persistent=False)
+        module.register_buffer("bias", None, persistent=False)
+        self.dtype = dtype
+        self._merge(module)
+        self.handles = [module.register_load_state_dict_post_hook(self._merge)]
+        if base is not None and (self.home == "parameter" or self.persistent):
+            self.handles += [
+                module.register_state_dict_post_hook(self._save_base),
+                module.register_load_state_dict_pre_hook(self._load_base),
+            ]
+
+    def _merge(self, module: nn.Module, incompatible_keys: Any = None) -> None:
+        base, shared = getattr(module, BASE), getattr(module, VECTOR)[-1]
+        wide = shared.to(torch.promote_types(shared.dtype, torch.float32))
+        bias = wide if base is None else wide + base.to(wide)
+        current = module.bias
+        module.bias = bias.to(self.dtype if current is None else current.dtype)
+
+    @staticmethod
+    def _save_base(module: nn.Module, state: dict, prefix: str, metadata: Any) -> None:
+        state[prefix + "bias"] = getattr(module, BASE)
+
+    @staticmethod
+    def _load_base(module: nn.Module, state: dict, prefix: str, *rest: Any) -> None:
+        if prefix + "bias" in state:
+            getattr(module, BASE).copy_(state.pop(prefix + "bias"))
+
+    def undo(self, module: nn.Module) -> None:
+        """Give the module its own bias back."""
+        for handle in self.handles:
+            handle.remove()
+        base = getattr(module, BASE)
+        delattr(module, BASE)
+        delattr(module, "bias")
+        if self.home == "buffer":
+            module.register_buffer("bias", base, persistent=self.persistent)
+        elif self.home == "attribute":
+            module.bias = base
+        else:
+            if base is not None:
+                base = nn.Parameter(base, requires_grad=self.requires_grad)
+            module.register_parameter("bias", base)
+
+
+_ADDS_BIAS: dict[tuple, bool] = {}
+
+
+def kernel_adds_bias(module: nn.Module, vectors: Tensor, dtype: torch.dtype) -> bool:
+    """Whether this kind of module adds its ``bias`` to its output, value by value.
+
+    Found out by asking: a linear's output for a zero input is its bias. Kernels that store their
+    bias permuted, or read it only when they are built, answer otherwise, and so are left alone.
+    """
+    if not hasattr(module, "bias") or not hasattr(module, "in_features"):
+        return False
+    if hasattr(module, "_hf_hook"):  # accelerate moves this module's tensors around by itself
+        return False
+    kind = (type(module), module.bias is None, vectors.device.type, dtype)
+    if kind not in _ADDS_BIAS:
+        zeros = torch.zeros(1, module.in_features, dtype=dtype, device=vectors.device)
+        # Every value differs from its neighbours, and all are exact in half precision.
+        step = torch.arange(vectors.shape[-1], dtype=dtype, device=vectors.device) % 61
+        twin = copy.deepcopy(module)  # since some kernels repack their weights when first run
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            plain = twin.forward(zeros)
+            twin.register_buffer(VECTOR, step[None])
+            MergedBias(twin, dtype)
+            both = twin.forward(zeros)
+        _ADDS_BIAS[kind] = torch.allclose(both - plain, step.to(plain.dtype), atol=0.25)
+    return _ADDS_BIAS[kind]

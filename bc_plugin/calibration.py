@@ -1,0 +1,161 @@
+"""Calibration data: from text to batches of model inputs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import BiasCompensationError
+from .stream import Batch
+
+NAMED = {
+    # The data sets GPTQ toolkits know by name; (repository, configuration, split, column).
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
+    "c4": ("allenai/c4", "en", "train", "text"),
+}
+
+
+def read_text(source: str) -> str:
+    """The text of a data set: a ``.txt`` or ``.jsonl`` file (field "text"), or a name.
+
+    Raises:
+        BiasCompensationError: there is neither such a file nor such a name.
+    """
+    path = Path(source)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line)
+        return text
+    if source not in NAMED:
+        raise BiasCompensationError(
+            f"dataset {source!r} is neither a file nor one of {sorted(NAMED)}; "
+            "pass the path of a .txt or .jsonl file."
+        )
+    from datasets import load_dataset
+
+    repository, name, split, column = NAMED[source]
+    rows = load_dataset(repository, name, split=split, streaming=True)
+    return "\n\n".join(row[column] for row in rows.take(20_000))
+
+
+def windows(
+    text: str, tokenizer: Any, length: int, count: int | None = None, skip: int = 0
+) -> list[dict[str, Tensor]]:
+    """Cut ``text`` into consecutive windows of ``length`` tokens.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        count: At most so many windows; None for all.
+        skip: Windows to leave out at the start.
+
+    Returns:
+        One ``{"input_ids", "attention_mask"}`` per window, each int64 of shape (1, length).
+
+    Raises:
+        BiasCompensationError: the text is shorter than one window.
+    """
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    rows = ids[: len(ids) // length * length].view(-1, 1, length)[skip:][:count]
+    if len(rows) == 0:
+        raise BiasCompensationError(
+            f"the text has {len(ids)} tokens; {skip} windows to skip and one to keep need "
+            f"{(skip + 1) * length}. Use a longer text or shorter windows."
+        )
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+
+
+def _as_mapping(item: Any, number: int) -> dict[str, Any]:
+    if isinstance(item, Tensor):
+        return {"": item}
+    if isinstance(item, Mapping) and any(isinstance(v, Tensor) for v in item.values()):
+        return dict(item)
+    if isinstance(item, Mapping) and {"input_ids"} <= set(item):  # lists, as tokenizers give them
+        return {key: torch.atleast_2d(torch.as_tensor(value)) for key, value in item.items()}
+    raise BiasCompensationError(
+        f"calibration item {number} is of type {type(item).__name__}; expected a dict of tensors "
+        "that the model can be called with, e.g. what a tokenizer returns with "
+        'return_tensors="pt", or one tensor. For text see bc_plugin.calibration.windows.'
+    )
+
+
+def _check_mask(item: dict[str, Any], number: int) -> None:
+    mask = item.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.any()):
+        raise BiasCompensationError(
+            f"calibration item {number} is all padding: its attention_mask is zero everywhere."
+        )
+
+
+def _signature(item: dict[str, Any]) -> tuple:
+    return tuple(
+        (key, tuple(value.shape[1:]), value.dtype) if isinstance(value, Tensor) else (key, value)
+        for key, value in sorted(item.items())
+    )
+
+
+def _joined(items: list[dict[str, Any]]) -> Batch:
+    first = items[0]
+    if list(first) == [""]:
+        return torch.cat([item[""] for item in items])
+    return {
+        key: torch.cat([item[key] for item in items]) if isinstance(value, Tensor) else value
+        for key, value in first.items()
+    }
+
+
+def _tokens(item: dict[str, Any]) -> int:
+    tensor = next(value for value in item.values() if isinstance(value, Tensor))
+    return tensor.shape[:2].numel()
+
+
+def rebatch(items: Iterable[Any], batch_tokens: int) -> list[Batch]:
+    """Join items of equal shape into batches of about ``batch_tokens`` tokens.
+
+    Raises:
+        BiasCompensationError: there are no items, or one is not a model input or all padding.
+    """
+    waiting: dict[tuple, list[dict[str, Any]]] = {}
+    batches: list[Batch] = []
+    for number, item in enumerate(items):
+        inputs = _as_mapping(item, number)
+        _check_mask(inputs, number)
+        group = waiting.setdefault(_signature(inputs), [])
+        if group and sum(map(_tokens, group)) + _tokens(inputs) > batch_tokens:
+            batches.append(_joined(group))
+            group.clear()
+        group.append(inputs)
+    batches += [_joined(group) for group in waiting.values() if group]
+    if not batches:
+        raise BiasCompensationError("the calibration data is empty; give at least one sequence.")
+    return batches
+
+
+def spread(items: Sequence[Any], max_tokens: int | None) -> list[Any]:
+    """Items of about ``max_tokens`` tokens together, taken from all over the data."""
+    items = list(items)
+    if max_tokens is None:
+        return items
+    tokens = sum(_tokens(_as_mapping(item, number)) for number, item in enumerate(items))
+    count = min(len(items), max(2, math.ceil(len(items) * max_tokens / max(tokens, 1))))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def split_held_out(items: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
+    """Keep a share of the items apart: every n-th one, so that both parts see all of the data.
+
+    At least one item stays on each side where there are two or more and ``share`` is above 0.
+    """
+    items = list(items)
+    count = min(round(len(items) * share) or (share > 0), len(items) - 1)
+    if count <= 0:
+        return items, []
+    apart = {(2 * i + 1) * len(items) // (2 * count) for i in range(count)}
+    kept = [item for i, item in enumerate(items) if i not in apart]
+    return kept, [items[i] for i in sorted(apart)]

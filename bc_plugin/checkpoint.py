@@ -1,0 +1,66 @@
+"""Reading vectors out of checkpoint files, and writing files whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from .names import KEY, VECTOR
+
+SUFFIX = "." + VECTOR
+
+
+def checkpoint_files(folder: str | Path) -> list[Path]:
+    """The weight files of a checkpoint: safetensors where there are any, else PyTorch's."""
+    folder = Path(folder)
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+
+
+def read_entry(folder: str | Path) -> dict[str, Any] | None:
+    """The ``bias_compensation`` entry of a checkpoint's config, wherever its toolkit keeps that."""
+    for name, section in (("config.json", "quantization_config"), ("quantize_config.json", None)):
+        path = Path(folder) / name
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        settings = settings.get(section) if section else settings
+        if settings and KEY in settings:
+            return settings[KEY]
+    return None
+
+
+def read_vectors(files: Iterable[str | Path]) -> dict[str, Tensor]:
+    """The compensation tensors in a checkpoint's files, by site name."""
+    vectors = {}
+    for path in files:
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, "pt") as file:
+                for key in file.keys():
+                    if key.endswith(SUFFIX):
+                        vectors[key.removesuffix(SUFFIX)] = file.get_tensor(key)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            for key, tensor in state.items():
+                if key.endswith(SUFFIX):
+                    vectors[key.removesuffix(SUFFIX)] = tensor.clone()
+    return vectors
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place at the end, if nothing went wrong."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield Path(part)
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)

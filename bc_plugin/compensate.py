@@ -1,0 +1,253 @@
+"""The pass: float and quantized blocks side by side, from the first to the last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .attachment import AttachedSite
+from .calibration import rebatch, split_held_out, spread
+from .compensation import Compensation, SiteErrors
+from .config import BiasCompensationConfig
+from .digest import weights_digest
+from .errors import BiasCompensationError
+from .float_blocks import BlockSnapshot, LiveBlocks
+from .names import VECTOR
+from .positions import PositionTracker, vector_rows
+from .statistics import ShiftStatistics
+from .stream import BlockCalls, copy_of, record_calls
+from .structure import Blocks, find_blocks, linear_sites
+
+
+def compensate(
+    quantized_model: nn.Module,
+    float_model: nn.Module | BlockSnapshot,
+    calibration: Iterable[Any],
+    config: BiasCompensationConfig | dict | bool = True,
+) -> Compensation:
+    """Compute the vectors that take the mean shift out of a quantized model.
+
+    Block i of both models is fed the float model's input of block i. The linears of a block are
+    compensated first, each fed the float linear's input; then the block, with those in place
+    (Gong et al., arXiv 2404.01892).
+
+    Args:
+        quantized_model: Left as it was; use ``Compensation.attach`` on it afterwards.
+        float_model: A model with the same modules' names, or a snapshot of its blocks.
+        calibration: Model inputs: dicts of tensors (or single tensors) with the batch first.
+        config: Settings, as in a toolkit's ``bias_compensation`` keyword.
+
+    Returns:
+        The vectors and the error of each site before and after.
+
+    Raises:
+        BiasCompensationError: the models do not match; the calibration data is empty, all
+            padding or too short for the positions; an output is not finite.
+    """
+    config = BiasCompensationConfig.parse(config) or BiasCompensationConfig()
+    if any(VECTOR in module._buffers for module in quantized_model.modules()):
+        raise BiasCompensationError(
+            "the quantized model is compensated already; detach its compensation first."
+        )
+    training = quantized_model.training
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        try:
+            return _Pass(quantized_model.eval(), float_model, calibration, config).run()
+        finally:
+            quantized_model.train(training)
+
+
+def prepare_stream(
+    model: nn.Module, blocks: Blocks, calibration: Iterable[Any], config: BiasCompensationConfig
+) -> tuple[list[BlockCalls], int]:
+    """The calibration data as calls of the model's first block, some of it held out.
+
+    Returns:
+        The calls, and the number of leading positions with a vector of their own.
+
+    Raises:
+        BiasCompensationError: the data is empty, all padding, or too short for the positions.
+    """
+    items = spread(list(calibration), config.max_tokens)
+    fitted, apart = split_held_out(items, config.held_out)
+    device = next(model.parameters()).device
+    stream = list(record_calls(model, blocks, rebatch(fitted, config.batch_tokens), device))
+    longest = max(int(calls.index.max()) + 1 for calls in stream)
+    if config.positions != "all" and longest <= config.positions:
+        raise BiasCompensationError(
+            f"the longest calibration sequence has {longest} tokens; positions={config.positions} "
+            f"needs more than {config.positions}, so that later tokens have a mean too."
+        )
+    if apart:
+        for calls in record_calls(model, blocks, rebatch(apart, config.batch_tokens), device):
+            calls.held_out = True
+            stream.append(calls)
+    return stream, longest if config.positions == "all" else config.positions
+
+
+@dataclass
+class _Site:
+    """Statistics of one site on the tokens the vectors are fitted to, and on those held out."""
+
+    kind: str
+    fitted: ShiftStatistics
+    held_out: ShiftStatistics
+
+    def update(self, batch: BlockCalls, positions: int, reference: Tensor, output: Tensor) -> None:
+        # Some blocks (OPT) flatten batch and length on the way.
+        tokens = reference.shape[:-1].numel()
+        if reference.shape != output.shape or tokens != batch.index.numel():
+            raise BiasCompensationError(
+                f"expected outputs of shape {tuple(batch.index.shape)} + (features,); the float "
+                f"module gives {tuple(reference.shape)}, the quantized one {tuple(output.shape)}."
+            )
+        index = batch.index.to(output.device).flatten()
+        rows = vector_rows(index, positions)
+        padded = bool((index < 0).any())
+        statistics = self.held_out if batch.held_out else self.fitted
+        statistics.update(
+            reference.flatten(0, -2),
+            output.flatten(0, -2),
+            rows,
+            index >= 0 if padded else None,
+        )
+
+
+class _Pass:
+    def __init__(
+        self,
+        model: nn.Module,
+        float_model: nn.Module | BlockSnapshot,
+        calibration: Iterable[Any],
+        config: BiasCompensationConfig,
+    ) -> None:
+        self.model, self.config = model, config
+        self.blocks = find_blocks(model, config.blocks)
+        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        live = isinstance(float_model, nn.Module)
+        self.source = LiveBlocks(float_model, self.blocks) if live else float_model
+        # The float model's stream starts in front of the first block, which quantizers leave alone.
+        start = float_model if live else model
+        if live and find_blocks(float_model, self.blocks.path) != self.blocks:
+            raise BiasCompensationError("the two models have different numbers of blocks.")
+        self.stream, self.positions = prepare_stream(start, self.blocks, calibration, config)
+        self.tracker = PositionTracker(self.positions)
+        self.vectors: dict[str, Tensor] = {}
+        self.errors: dict[str, SiteErrors] = {}
+
+    def run(self) -> Compensation:
+        for position, name in enumerate(tqdm(self.blocks.names, desc="Compensating blocks")):
+            self._compensate_block(position, name)
+        return Compensation(
+            vectors=self.vectors,
+            errors=self.errors,
+            positions=self.positions,
+            blocks=self.blocks.path,
+            digest=weights_digest(self.model, self.blocks),
+        )
+
+    def _compensate_block(self, position: int, name: str) -> None:
+        quantized = copy_of(self.model.get_submodule(name))
+        device = next(iter(quantized.state_dict(keep_vars=True).values())).device
+        with self.source.load(name, device) as reference:
+            changed = linear_sites(reference, quantized)
+            linears = changed if "linear" in self.config.sites else []
+            outputs = self._run_float(position, name, reference, quantized, linears)
+        if "block" in self.config.sites and changed:
+            self._run_quantized(position, name, quantized, outputs)
+        for batch, output in zip(self.stream, outputs, strict=True):
+            batch.hidden = output
+
+    def _run_float(
+        self,
+        position: int,
+        name: str,
+        reference: nn.Module,
+        quantized: nn.Module,
+        linears: list[str],
+    ) -> list[Tensor]:
+        """Run the float block; each float linear's input also goes through the quantized one."""
+        sites = {linear: self._site("linear") for linear in linears}
+        current: BlockCalls | None = None
+
+        def measure(linear: str):
+            module = quantized.get_submodule(linear)
+
+            def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
+                shifted = module(args[0].to(self.dtype))
+                sites[linear].update(current, self.positions, output, shifted)
+
+            return hook
+
+        outputs = []
+        tensors = reference.state_dict(keep_vars=True).values()
+        device = next(iter(tensors)).device
+        dtype = next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
+        with ExitStack() as hooks:
+            for linear in linears:
+                handle = reference.get_submodule(linear).register_forward_hook(measure(linear))
+                hooks.callback(handle.remove)
+            for current in self.stream:
+                outputs.append(current.run(reference, position, device, dtype))
+                self._check_finite(outputs[-1], name, "float")
+        for linear, site in sites.items():
+            self._settle(f"{name}.{linear}", site, quantized.get_submodule(linear))
+        return outputs
+
+    def _run_quantized(
+        self, position: int, name: str, quantized: nn.Module, references: list[Tensor]
+    ) -> None:
+        """Run the quantized block, with its linears compensated, on the float stream."""
+        site = self._site("block")
+        for batch, reference in zip(self.stream, references, strict=True):
+            self.tracker.observe(batch.index)
+            output = batch.run(quantized, position, reference.device, self.dtype)
+            self._check_finite(output, name, "quantized")
+            site.update(batch, self.positions, reference, output)
+        self._settle(name, site, quantized)
+
+    def _site(self, kind: str) -> _Site:
+        return _Site(kind, ShiftStatistics(self.positions), ShiftStatistics(self.positions))
+
+    def _settle(self, name: str, site: _Site, module: nn.Module) -> None:
+        """Turn a site's statistics into vectors, and put them in place for what follows."""
+        vectors = _stored(site.fitted.vectors(), self.config.dtype, self.dtype)
+        if not bool(torch.isfinite(vectors).all()):
+            raise BiasCompensationError(
+                f"{name}: the mean shift is not finite. Look for overflow in this module."
+            )
+        has_held_out = site.held_out.total is not None
+        errors = SiteErrors(
+            kind=site.kind,
+            before=site.fitted.error(),
+            after=site.fitted.error(vectors),
+            held_out_before=site.held_out.error() if has_held_out else None,
+            held_out_after=site.held_out.error(vectors) if has_held_out else None,
+        )
+        worse = has_held_out and errors.held_out_after > errors.held_out_before
+        if self.config.keep_only_if_better and worse:
+            tqdm.write(f"{name}: dropped, its held-out error would rise")
+            return
+        self.vectors[name], self.errors[name] = vectors, errors
+        AttachedSite(module, vectors, self.tracker, self.dtype)
+
+    def _check_finite(self, output: Tensor, name: str, which: str) -> None:
+        if not bool(torch.isfinite(output).all()):
+            raise BiasCompensationError(
+                f"the {which} model's block {name!r} gives values that are not finite on the "
+                f"calibration data (type {output.dtype}); try bfloat16 or float32."
+            )
+
+
+def _stored(vectors: Tensor, wanted: str, model_dtype: torch.dtype) -> Tensor:
+    if wanted != "auto":
+        return vectors.to(getattr(torch, wanted))
+    half = torch.bfloat16 if model_dtype == torch.bfloat16 else torch.float16
+    fits = vectors.abs().max() <= torch.finfo(half).max
+    return vectors.to(half if fits else torch.float32)

@@ -1,0 +1,113 @@
+"""What to compensate, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from .errors import BiasCompensationError
+
+SITES = ("linear", "block")
+DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class BiasCompensationConfig:
+    """Settings of the compensation pass.
+
+    Args:
+        positions: How many leading tokens of a sequence get a vector of their own; all later
+            tokens share one. 1 sets the attention sink apart, 0 is a plain bias that export can
+            merge, ``"all"`` gives one vector per position up to the calibration length, which is
+            the setting of Gong et al. (arXiv 2404.01892) for language models.
+        sites: ``"linear"`` (outputs of quantized linears), ``"block"`` (outputs of transformer
+            blocks) or both. Linears come first; blocks are measured with those in place.
+        blocks: Dotted path of the ``ModuleList`` of blocks, e.g. ``"model.layers"``. Found when
+            not given.
+        held_out: Share of the calibration sequences kept apart to measure the error on tokens
+            that the vectors were not fitted to. 0 keeps none.
+        keep_only_if_better: Drop a site whose held-out error rises.
+        max_tokens: Calibration tokens used, spread over the data; None for all. A mean needs far
+            fewer than a Hessian: 4,096 gave the same perplexity as 16,384 on a 135M model.
+        batch_tokens: Tokens per forward pass. Changes speed and memory, not the result.
+        dtype: Type the vectors are stored in. ``"auto"`` takes two bytes per value: bfloat16 for
+            bfloat16 models, float16 otherwise, float32 for a vector that float16 cannot hold.
+
+    Raises:
+        BiasCompensationError: a value is out of range.
+    """
+
+    positions: int | Literal["all"] = 1
+    sites: tuple[str, ...] = SITES
+    blocks: str | None = None
+    held_out: float = 0.125
+    keep_only_if_better: bool = False
+    max_tokens: int | None = 8192
+    batch_tokens: int = 4096
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        sites = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
+        object.__setattr__(self, "sites", sites)
+        is_count = isinstance(self.positions, int) and not isinstance(self.positions, bool)
+        self._require(
+            self.positions == "all" or (is_count and self.positions >= 0),
+            "positions",
+            'a whole number from 0 up, or "all"',
+        )
+        self._require(
+            bool(sites) and set(sites) <= set(SITES) and len(set(sites)) == len(sites),
+            "sites",
+            f"one or both of {SITES}",
+        )
+        self._require(0 <= self.held_out < 1, "held_out", "a share from 0 to below 1")
+        self._require(
+            not (self.keep_only_if_better and self.held_out == 0),
+            "held_out",
+            "above 0 when keep_only_if_better is set, since that is what decides",
+        )
+        self._require(self.max_tokens is None or self.max_tokens > 0, "max_tokens", "above 0")
+        self._require(self.batch_tokens > 0, "batch_tokens", "above 0")
+        self._require(self.dtype in DTYPES, "dtype", f"one of {DTYPES}")
+
+    def _require(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise BiasCompensationError(
+                f"bias_compensation: {name}={getattr(self, name)!r}; expected {expected}."
+            )
+
+    @classmethod
+    def parse(
+        cls, value: BiasCompensationConfig | Mapping[str, Any] | bool | None
+    ) -> BiasCompensationConfig | None:
+        """Read the value of a toolkit's ``bias_compensation`` keyword.
+
+        Returns:
+            The settings, or None for ``None`` and ``False``.
+
+        Raises:
+            BiasCompensationError: the value is of another type or has an unknown key.
+        """
+        if value is None or value is False:
+            return None
+        if value is True:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise BiasCompensationError(
+                f"bias_compensation={value!r} is of type {type(value).__name__}; expected True, "
+                "a dict or a BiasCompensationConfig."
+            )
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(value) - set(known))
+        if unknown:
+            raise BiasCompensationError(
+                f"bias_compensation: unknown keys {unknown}; known are {known}."
+            )
+        return cls(**value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON-ready values; ``parse`` reads them back."""
+        return {**asdict(self), "sites": list(self.sites)}

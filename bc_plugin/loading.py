@@ -1,0 +1,57 @@
+"""From a checkpoint's files to a compensated model, the same for every loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .checkpoint import checkpoint_files, read_entry, read_vectors
+from .compensation import Compensation
+from .errors import BiasCompensationError
+from .names import KEY, VECTOR
+
+
+def read_compensation(
+    entry: Mapping[str, Any] | None, files: Iterable[str | Path]
+) -> Compensation | None:
+    """The compensation that a checkpoint's quantization config announces and its files hold.
+
+    Returns:
+        None for a checkpoint without compensation.
+
+    Raises:
+        BiasCompensationError: only one of the two is there, or they do not fit.
+    """
+    vectors = read_vectors(files)
+    if entry is not None:
+        return Compensation.from_entry(entry, vectors)
+    if vectors:
+        raise BiasCompensationError(
+            f"the checkpoint holds {len(vectors)} compensation tensors, the first is "
+            f"{next(iter(vectors))}.{VECTOR}, but its quantization config has no {KEY} entry; "
+            "restore the config it was saved with, or load it without bc_plugin.enable()."
+        )
+    return None
+
+
+def load_if_any(folder: str | Path) -> Compensation | None:
+    """The compensation of the checkpoint in ``folder``, None when it has none."""
+    return read_compensation(read_entry(folder), checkpoint_files(folder))
+
+
+def fit_to(compensation: Compensation, model: nn.Module) -> Compensation:
+    """The same vectors under the names of ``model``, which may be a base model without a head."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    names = {name for name, _ in model.named_modules()}
+    if compensation.blocks in names or not compensation.blocks.startswith(prefix):
+        return compensation
+    return Compensation(
+        {name.removeprefix(prefix): v for name, v in compensation.vectors.items()},
+        {name.removeprefix(prefix): e for name, e in compensation.errors.items()},
+        compensation.positions,
+        compensation.blocks.removeprefix(prefix),
+        compensation.digest,
+    )

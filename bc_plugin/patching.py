@@ -1,0 +1,173 @@
+"""Apply patches to installed toolkits, and undo them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import wrapt
+from packaging.specifiers import SpecifierSet
+
+from .errors import BiasCompensationError
+
+_ABSENT = object()
+
+
+def argument(name: str, position: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """An argument of a wrapped call, whichever way it was passed."""
+    return kwargs[name] if name in kwargs else args[position]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One function of a toolkit, wrapped.
+
+    Attributes:
+        target: ``"package.module:Class.function"``.
+        wrapper: A wrapt wrapper, ``(wrapped, instance, args, kwargs) -> result``.
+        parameters: Names the function's signature must have for the wrapper to be right.
+    """
+
+    target: str
+    wrapper: Callable[..., Any]
+    parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A toolkit that can be patched.
+
+    Attributes:
+        name: What ``enable`` calls it.
+        distribution: Its name on the package index.
+        versions: The versions its patches were written for and tested with.
+        patches: What to wrap.
+        needs: Toolkits that have to be patched along with it.
+    """
+
+    name: str
+    distribution: str
+    versions: str
+    patches: tuple[Patch, ...]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def version(self) -> str | None:
+        """The installed version, None when it is not installed."""
+        try:
+            return metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return None
+
+    def check_version(self) -> None:
+        """Refuse a version that the patches were not written for."""
+        if self.version is None:
+            raise BiasCompensationError(
+                f"{self.distribution} is not installed; bias compensation works with "
+                f'{self.distribution}{self.versions}: pip install "{self.distribution}{self.versions}"'
+            )
+        if not SpecifierSet(self.versions).contains(self.version, prereleases=True):
+            raise BiasCompensationError(
+                f"{self.distribution} {self.version} is not supported; bias compensation works "
+                f"with {self.distribution}{self.versions}: pip install "
+                f'"{self.distribution}{self.versions}", or enable other toolkits by name.'
+            )
+
+
+class _Applied:
+    """A patch in place, with what is needed to take it out again."""
+
+    def __init__(self, toolkit: Toolkit, patch: Patch) -> None:
+        module, _, path = patch.target.partition(":")
+        try:
+            found = wrapt.resolve_path(importlib.import_module(module), path)
+        except (ImportError, AttributeError) as error:
+            raise BiasCompensationError(
+                f"{toolkit.distribution} {toolkit.version} has no {patch.target} ({error}); its "
+                "installation differs from the release, reinstall it."
+            ) from error
+        parent, self.attribute, original = found
+        missing = set(patch.parameters) - set(
+            inspect.signature(getattr(parent, self.attribute)).parameters
+        )
+        if missing:
+            raise BiasCompensationError(
+                f"{patch.target} of {toolkit.distribution} {toolkit.version} has no parameter "
+                f"{sorted(missing)}; its installation differs from the release, reinstall it."
+            )
+        self.parent = parent
+        # What stands in the class itself: an inherited function must become inherited again.
+        self.before = vars(parent).get(self.attribute, _ABSENT)
+        self.wrapped = wrapt.FunctionWrapper(
+            original if self.before is _ABSENT else self.before, patch.wrapper
+        )
+
+    def apply(self) -> None:
+        setattr(self.parent, self.attribute, self.wrapped)
+
+    def undo(self) -> None:
+        if self.before is _ABSENT:
+            delattr(self.parent, self.attribute)
+        else:
+            setattr(self.parent, self.attribute, self.before)
+
+
+_applied: dict[str, list[_Applied]] = {}
+
+
+def _toolkits() -> dict[str, Toolkit]:
+    from .patches import TOOLKITS
+
+    return {toolkit.name: toolkit for toolkit in TOOLKITS}
+
+
+def enable(*names: str) -> tuple[str, ...]:
+    """Patch installed toolkits so that they know ``bias_compensation``.
+
+    Args:
+        names: Toolkits to patch, e.g. ``"optimum"``; with none, all that are installed.
+
+    Returns:
+        The names of all toolkits that are patched now. Calling again changes nothing.
+
+    Raises:
+        BiasCompensationError: a name is unknown, a toolkit is not installed or of a version that
+            is not supported. Nothing is patched then.
+    """
+    known = _toolkits()
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise BiasCompensationError(f"unknown toolkits {unknown}; known are {sorted(known)}.")
+    wanted = list(names) or [name for name, toolkit in known.items() if toolkit.version]
+    if not wanted:
+        raise BiasCompensationError(
+            f"no toolkit is installed that can be patched; known are {sorted(known)}."
+        )
+    for name in tuple(wanted):
+        wanted += [other for other in known[name].needs if other not in wanted]
+    ready = {}
+    for name in wanted:
+        if name not in _applied:
+            known[name].check_version()
+            ready[name] = [_Applied(known[name], patch) for patch in known[name].patches]
+    for name, patches in ready.items():
+        for patch in patches:
+            patch.apply()
+        _applied[name] = patches
+    return enabled()
+
+
+def disable() -> None:
+    """Undo every patch. Models that are compensated already stay compensated."""
+    for name in reversed(list(_applied)):
+        for patch in reversed(_applied.pop(name)):
+            patch.undo()
+
+
+def enabled() -> tuple[str, ...]:
+    """The names of the toolkits that are patched."""
+    return tuple(_applied)

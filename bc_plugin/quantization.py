@@ -1,0 +1,86 @@
+"""The life of the ``bias_compensation`` flag inside a toolkit, the same for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .compensate import compensate, prepare_stream
+from .compensation import Compensation
+from .config import BiasCompensationConfig
+from .errors import BiasCompensationError
+from .float_blocks import BlockSnapshot
+from .names import KEY
+from .stream import call_model
+from .structure import find_blocks
+
+
+def is_entry(value: Any) -> bool:
+    """Whether ``value`` is what a compensated checkpoint stores, not a request to compensate."""
+    return isinstance(value, Mapping) and "digest" in value
+
+
+def set_flag(config: Any, value: Any) -> None:
+    """Keep the value of the ``bias_compensation`` keyword on a toolkit's config object.
+
+    A request is kept as a plain dict, so that the config can be written as JSON.
+    """
+    if is_entry(value):
+        setattr(config, KEY, dict(value))
+    else:
+        parsed = BiasCompensationConfig.parse(value)
+        if parsed is not None:
+            setattr(config, KEY, parsed.to_dict())
+
+
+def flag_of(config: Any) -> BiasCompensationConfig | None:
+    """The request kept on a toolkit's config object, if there is one."""
+    value = getattr(config, KEY, None)
+    return None if is_entry(value) else BiasCompensationConfig.parse(value)
+
+
+class CompensatedQuantization:
+    """Bias compensation around one run of a toolkit's quantization.
+
+    Args:
+        model: The float model, about to be overwritten.
+        config: What was asked for.
+    """
+
+    def __init__(self, model: nn.Module, config: BiasCompensationConfig) -> None:
+        self.model, self.config = model, config
+        self.blocks = find_blocks(model, config.blocks)
+        self.calibration: list[dict[str, Any]] | None = None
+        self.float_blocks: BlockSnapshot | None = None
+
+    def start(self, calibration: Sequence[Mapping[str, Any]]) -> None:
+        """Check the calibration data and keep the float weights, before anything is quantized."""
+        self.calibration = [dict(batch) for batch in calibration]
+        self._check()
+        self.float_blocks = BlockSnapshot(self.model, self.blocks)
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Find out in seconds what would otherwise fail after hours."""
+        prepare_stream(self.model, self.blocks, self.calibration, self.config)
+        device = next(self.model.parameters()).device
+        logits = call_model(self.model, self.calibration[0], device)[0]
+        if not bool(torch.isfinite(logits).all()):
+            raise BiasCompensationError(
+                "the float model's output on the first calibration sequence is not finite (type "
+                f"{logits.dtype}); load it in bfloat16 or float32 before quantizing."
+            )
+
+    def finish(self, quantized: nn.Module) -> Compensation:
+        """Compute the compensation and attach it."""
+        if self.calibration is None or self.float_blocks is None:
+            raise BiasCompensationError(
+                "the toolkit quantized the model without preparing calibration data; bias "
+                "compensation needs it. Compensate afterwards with bc_plugin.compensate."
+            )
+        compensation = compensate(quantized, self.float_blocks, self.calibration, self.config)
+        compensation.attach(quantized)
+        return compensation

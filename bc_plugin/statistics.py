@@ -1,0 +1,85 @@
+"""The shift of one site: its mean, and the error with and without compensation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class ShiftStatistics:
+    """Running sums of the shift ``output - reference`` of one site, in float64.
+
+    The mean shift is what compensation takes away: ``b* = argmin_b E||y - (q + b)||^2 = E[y - q]``
+    (Gong et al., arXiv 2404.01892, after the bias correction of Nagel et al., arXiv 1906.04721).
+    Each of the first ``positions`` tokens of a sequence has a mean of its own; all later tokens
+    share one, the last row.
+
+    Args:
+        positions: Number of leading positions with a row of their own.
+    """
+
+    def __init__(self, positions: int) -> None:
+        self.positions = positions
+        self.count = torch.zeros(positions + 1, dtype=torch.float64)
+        self.total: Tensor | None = None
+        self.squares = 0.0
+
+    def update(self, reference: Tensor, output: Tensor, rows: Tensor, keep: Tensor | None) -> None:
+        """Add the tokens of one batch.
+
+        Args:
+            reference: Output of the float module, (tokens, features).
+            output: Output of the quantized module, same shape. Overwritten.
+            rows: int64 (tokens,), the row of each token.
+            keep: bool (tokens,), False for padding; None when there is none.
+        """
+        wide = torch.promote_types(output.dtype, torch.float32)
+        shift = output.to(wide).sub_(reference)
+        if keep is not None:
+            shift, rows = shift[keep], rows[keep]
+        if self.total is None:
+            shape = (self.positions + 1, shift.shape[-1])
+            self.total = torch.zeros(shape, dtype=torch.float64, device=shift.device)
+        everything = shift.sum(0, dtype=torch.float64)
+        leading = (rows < self.positions).nonzero().squeeze(1)
+        if len(leading):
+            apart = torch.zeros_like(self.total)
+            apart.index_add_(0, rows[leading], shift[leading].double())
+            self.total += apart
+            everything = everything - apart.sum(0)
+        self.total[-1] += everything
+        self.count += torch.bincount(rows, minlength=self.positions + 1).cpu()
+        flat = shift.flatten()
+        self.squares += torch.dot(flat, flat).item()
+
+    @property
+    def tokens(self) -> float:
+        """Number of tokens seen."""
+        return self.count.sum().item()
+
+    def vectors(self) -> Tensor:
+        """The compensation: minus the mean shift, float64 (positions + 1, features).
+
+        A last row that no token reached, as with ``positions="all"``, takes the mean over every
+        position but the first, the attention sink.
+        """
+        count = self.count.to(self.total.device)
+        vectors = -self.total / count.clamp(min=1)[:, None]
+        if count[-1] == 0:
+            later = slice(1, None) if len(count) > 2 else slice(None)
+            vectors[-1] = -self.total[later].sum(0) / count[later].sum()
+        return vectors
+
+    def error(self, vectors: Tensor | None = None) -> float:
+        """Mean squared error per value over the tokens seen, with ``vectors`` added or without.
+
+        Exact, without a second pass: adding b to n shifts of sum s changes their squared sum by
+        ``2 b.s + n b.b``.
+        """
+        squares = self.squares
+        if vectors is not None:
+            vectors = vectors.to(self.total)
+            count = self.count.to(self.total.device)
+            squares += (2 * vectors * self.total).sum().item()
+            squares += (count * vectors.square().sum(1)).sum().item()
+        return squares / (self.tokens * self.total.shape[1])

@@ -1,0 +1,156 @@
+"""What the blocks of a model are called with, block by block, for a set of calibration batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import BiasCompensationError
+from .positions import call_arguments, token_index
+from .structure import Blocks
+
+Batch = Mapping[str, Any] | Tensor
+
+
+class _LastBlockReached(Exception):
+    """Ends a run that is only made to see what the blocks are called with."""
+
+
+@dataclass
+class BlockCalls:
+    """One batch's way through the blocks.
+
+    Attributes:
+        hidden: Input of the block about to run, (batch, length, features).
+        index: int64 (batch, length), each token's index in its sequence, -1 for padding.
+        calls: For every block, the other arguments it is called with.
+        held_out: Whether the batch is kept apart for measuring.
+    """
+
+    hidden: Tensor
+    index: Tensor
+    calls: list[tuple[tuple, dict[str, Any]]] = field(default_factory=list)
+    held_out: bool = False
+
+    def run(self, block: nn.Module, position: int, device: torch.device, dtype: torch.dtype | None):
+        """Output of ``block``, the one at ``position``, for the current hidden states."""
+        args, kwargs = _move(self.calls[position], device, dtype)
+        output = block(_move(self.hidden, device, dtype), *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def _move(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_move(item, device, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: _move(item, device, dtype) for key, item in value.items()}
+    return value
+
+
+def call_model(model: nn.Module, batch: Batch, device: torch.device) -> Any:
+    """Run ``model`` on one calibration batch, moved to ``device``."""
+    if isinstance(batch, Tensor):
+        return model(batch.to(device))
+    inputs = {key: _move(value, device, None) for key, value in batch.items()}
+    return model(**inputs)
+
+
+def copy_of(block: nn.Module) -> nn.Module:
+    """A copy to run: some kernels repack their weights when first run, for good, and the model
+    could not be saved afterwards."""
+    # accelerate's hooks are shared, not copied: they may hold the weights of the whole model.
+    hooks = [module._hf_hook for module in block.modules() if hasattr(module, "_hf_hook")]
+    return copy.deepcopy(block, {id(hook): hook for hook in hooks})
+
+
+@contextmanager
+def _replaced_blocks(model: nn.Module, blocks: Blocks, forward) -> Iterator[None]:
+    modules = [model.get_submodule(name) for name in blocks.names]
+    before = [vars(module).get("forward") for module in modules]
+    try:
+        for position, module in enumerate(modules):
+            module.forward = lambda *args, _i=position, **kwargs: forward(_i, *args, **kwargs)
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            del module.forward
+            if own is not None:
+                module.forward = own
+
+
+def _run_up_to_blocks(model: nn.Module, batch: Batch, device: torch.device) -> None:
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    try:
+        if use_cache:
+            config.use_cache = False
+        call_model(model, batch, device)
+    except _LastBlockReached:
+        pass
+    finally:
+        if use_cache:
+            config.use_cache = use_cache
+
+
+def _returns_tuple(model: nn.Module, blocks: Blocks, batch: Batch, device: torch.device) -> bool:
+    """Whether blocks return a tuple or the bare hidden states; found out by running the first."""
+    first = copy_of(model.get_submodule(blocks.names[0]))
+    seen = []
+
+    def run_first(position: int, *args: Any, **kwargs: Any) -> None:
+        seen.append(isinstance(first(*args, **kwargs), tuple))
+        raise _LastBlockReached
+
+    with _replaced_blocks(model, blocks, run_first):
+        _run_up_to_blocks(model, batch, device)
+    if not seen:
+        raise BiasCompensationError(f"the model ran without calling its block {blocks.names[0]!r}.")
+    return seen[0]
+
+
+def record_calls(
+    model: nn.Module, blocks: Blocks, batches: Sequence[Batch], device: torch.device
+) -> Iterable[BlockCalls]:
+    """What every block is called with, for each batch, without running the blocks.
+
+    The float model's stream starts here; each block's output is the next one's input. Blocks may
+    be called differently (masks and rotary embeddings by kind of layer), so every call is kept.
+    """
+    as_tuple = _returns_tuple(model, blocks, batches[0], device)
+    owner = model.get_submodule(blocks.owner)
+    for batch in batches:
+        record = None
+        index = None
+
+        def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            nonlocal index
+            index = token_index(call_arguments(module, args, kwargs))
+
+        def forward(position: int, *args: Any, **kwargs: Any) -> Any:
+            nonlocal record
+            if args:
+                hidden, args = args[0], args[1:]
+            else:
+                hidden = kwargs.pop("hidden_states")
+            if record is None:
+                record = BlockCalls(hidden, index)
+            record.calls.append((args, kwargs))
+            if position == len(blocks.names) - 1:
+                raise _LastBlockReached
+            return (hidden,) if as_tuple else hidden
+
+        handle = owner.register_forward_pre_hook(observe, with_kwargs=True)
+        try:
+            with _replaced_blocks(model, blocks, forward):
+                _run_up_to_blocks(model, batch, device)
+        finally:
+            handle.remove()
+        yield record

@@ -1,0 +1,94 @@
+"""Where a model's blocks and quantized linears are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .errors import BiasCompensationError
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The transformer blocks of a model.
+
+    Attributes:
+        owner: Path of the module that holds the list and runs through it ("" is the model).
+        path: Path of the list.
+        names: Path of each block, in the order they run.
+    """
+
+    owner: str
+    path: str
+    names: tuple[str, ...]
+
+
+def _is_block_list(module: nn.Module) -> bool:
+    if not isinstance(module, nn.ModuleList) or len(module) == 0:
+        return False
+    if len({type(child) for child in module}) != 1:
+        return False
+    return any(tensor.dim() >= 2 for tensor in module[0].state_dict(keep_vars=True).values())
+
+
+def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
+    """Find the list of transformer blocks of ``model``.
+
+    Args:
+        path: Where it is, when known; otherwise the outermost ``ModuleList`` whose members are of
+            one class and hold weights.
+
+    Raises:
+        BiasCompensationError: there is no such list, or more than one.
+    """
+    lists = [name for name, module in model.named_modules() if _is_block_list(module)]
+    outermost = [a for a in lists if not any(a.startswith(b + ".") for b in lists)]
+    if path is not None:
+        if path not in lists:
+            raise BiasCompensationError(
+                f"blocks={path!r} is not a list of blocks in {type(model).__name__}; "
+                f"lists found: {lists}."
+            )
+    elif len(outermost) == 1:
+        (path,) = outermost
+    else:
+        raise BiasCompensationError(
+            f"{type(model).__name__} has {len(outermost)} lists of blocks: {outermost}. "
+            "Name one with blocks=..., e.g. BiasCompensationConfig(blocks='model.layers')."
+        )
+    count = len(model.get_submodule(path))
+    return Blocks(path.rpartition(".")[0], path, tuple(f"{path}.{i}" for i in range(count)))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # transformers' Conv1D (GPT-2) is a linear with the weight transposed.
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def linear_sites(float_block: nn.Module, quantized_block: nn.Module) -> list[str]:
+    """Paths, within the block, of the linears that quantization changed.
+
+    Raises:
+        BiasCompensationError: a linear of the float block is missing in the quantized one.
+    """
+    sites = []
+    for name, module in float_block.named_modules():
+        if not _is_linear(module):
+            continue
+        try:
+            other = quantized_block.get_submodule(name)
+        except AttributeError as error:
+            raise BiasCompensationError(
+                f"the float model has a linear {name!r} where the quantized model has none; "
+                "compensation needs two models with the same modules' names."
+            ) from error
+        if type(other) is type(module) and _same(module.weight, other.weight):
+            continue
+        sites.append(name)
+    return sites
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.detach(), b.detach().to(a.device, a.dtype))

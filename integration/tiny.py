@@ -1,0 +1,63 @@
+"""Tiny random models in the shapes that GPTQ kernels take, and calibration data for them."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCABULARY = 128
+SHAPES = {
+    "llama": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    },
+    "opt": {
+        "hidden_size": 64,
+        "ffn_dim": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 64,
+        "max_position_embeddings": 64,
+    },
+}
+
+
+def tiny_checkpoint(folder, architecture="llama", dtype=torch.float32, seed=0):
+    """Write a random float model to ``folder``; returns the folder as a string."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        architecture,
+        vocab_size=VOCABULARY,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **SHAPES[architecture],
+    )
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def sequences(count=8, length=24, seed=0):
+    """Random token sequences, as GPTQ toolkits take them."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "input_ids": (ids := torch.randint(3, VOCABULARY, (1, length), generator=generator)),
+            "attention_mask": torch.ones_like(ids),
+        }
+        for _ in range(count)
+    ]
+
+
+@torch.no_grad()
+def logits(model, seed=7):
+    """Logits on a fixed sequence."""
+    return model(**sequences(1, seed=seed)[0]).logits.float()

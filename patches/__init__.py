@@ -1,0 +1,6 @@
+"""The toolkits that can be patched: one short file each, all of one shape."""
+
+from .optimum import OPTIMUM
+from .transformers import TRANSFORMERS
+
+TOOLKITS = (OPTIMUM, TRANSFORMERS)
