@@ -42,7 +42,7 @@ def read_vectors(files: Iterable[str | Path]) -> dict[str, Tensor]:
     for path in files:
         if str(path).endswith(".safetensors"):
             with safe_open(path, "pt") as file:
-                for key in file.keys():
+                for key in file.keys():  # noqa: SIM118, not a dict
                     if key.endswith(SUFFIX):
                         vectors[key.removesuffix(SUFFIX)] = file.get_tensor(key)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -55,12 +56,15 @@ def compensate(
         raise BiasCompensationError(
             "the quantized model is compensated already; detach its compensation first."
         )
+    start = time.perf_counter()
     training = quantized_model.training
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
-            return _Pass(quantized_model.eval(), float_model, calibration, config).run()
+            compensation = _Pass(quantized_model.eval(), float_model, calibration, config).run()
         finally:
             quantized_model.train(training)
+    compensation.seconds = time.perf_counter() - start
+    return compensation
 
 
 def prepare_stream(
@@ -140,10 +144,16 @@ class _Pass:
         self.tracker = PositionTracker(self.positions)
         self.vectors: dict[str, Tensor] = {}
         self.errors: dict[str, SiteErrors] = {}
+        self.changed = False
 
     def run(self) -> Compensation:
         for position, name in enumerate(tqdm(self.blocks.names, desc="Compensating blocks")):
             self._compensate_block(position, name)
+        if not self.changed:
+            raise BiasCompensationError(
+                "there is nothing to compensate: the linears of both models are the same. Pass the "
+                "quantized model first, then the float model it came from."
+            )
         return Compensation(
             vectors=self.vectors,
             errors=self.errors,
@@ -158,6 +168,7 @@ class _Pass:
         with self.source.load(name, device) as reference:
             changed = linear_sites(reference, quantized)
             linears = changed if "linear" in self.config.sites else []
+            self.changed |= bool(changed)
             outputs = self._run_float(position, name, reference, quantized, linears)
         if "block" in self.config.sites and changed:
             self._run_quantized(position, name, quantized, outputs)

@@ -52,7 +52,10 @@ class Compensation:
         positions: Number of leading positions with a vector of their own.
         blocks: Path of the list of blocks.
         digest: Of the quantized weights that the vectors belong to.
+        seconds: How long computing them took; None when they were loaded.
     """
+
+    seconds: float | None = None
 
     def __init__(
         self,

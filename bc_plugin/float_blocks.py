@@ -107,7 +107,7 @@ def _safetensors(model: nn.Module) -> dict[str, tuple[Path, str]]:
     found: dict[str, tuple[Path, str]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for key in file.keys():
+            for key in file.keys():  # noqa: SIM118, not a dict
                 found[key] = found.setdefault(prefix + key, (path, key))
     return found
 

@@ -65,16 +65,14 @@ class Toolkit:
 
     def check_version(self) -> None:
         """Refuse a version that the patches were not written for."""
+        works = f"{self.distribution}{self.versions}"
+        advice = f'bias compensation works with {works}: pip install "{works}"'
         if self.version is None:
-            raise BiasCompensationError(
-                f"{self.distribution} is not installed; bias compensation works with "
-                f'{self.distribution}{self.versions}: pip install "{self.distribution}{self.versions}"'
-            )
+            raise BiasCompensationError(f"{self.distribution} is not installed; {advice}.")
         if not SpecifierSet(self.versions).contains(self.version, prereleases=True):
             raise BiasCompensationError(
-                f"{self.distribution} {self.version} is not supported; bias compensation works "
-                f"with {self.distribution}{self.versions}: pip install "
-                f'"{self.distribution}{self.versions}", or enable other toolkits by name.'
+                f"{self.distribution} {self.version} is not supported; {advice}, or enable other "
+                "toolkits by name."
             )
 
 

@@ -125,32 +125,38 @@ def record_calls(
     be called differently (masks and rotary embeddings by kind of layer), so every call is kept.
     """
     as_tuple = _returns_tuple(model, blocks, batches[0], device)
-    owner = model.get_submodule(blocks.owner)
     for batch in batches:
-        record = None
-        index = None
+        yield _record(model, blocks, batch, device, as_tuple)
 
-        def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            nonlocal index
-            index = token_index(call_arguments(module, args, kwargs))
 
-        def forward(position: int, *args: Any, **kwargs: Any) -> Any:
-            nonlocal record
-            if args:
-                hidden, args = args[0], args[1:]
-            else:
-                hidden = kwargs.pop("hidden_states")
-            if record is None:
-                record = BlockCalls(hidden, index)
-            record.calls.append((args, kwargs))
-            if position == len(blocks.names) - 1:
-                raise _LastBlockReached
-            return (hidden,) if as_tuple else hidden
+def _record(
+    model: nn.Module, blocks: Blocks, batch: Batch, device: torch.device, as_tuple: bool
+) -> BlockCalls:
+    record: BlockCalls | None = None
+    index: Tensor | None = None
 
-        handle = owner.register_forward_pre_hook(observe, with_kwargs=True)
-        try:
-            with _replaced_blocks(model, blocks, forward):
-                _run_up_to_blocks(model, batch, device)
-        finally:
-            handle.remove()
-        yield record
+    def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal index
+        index = token_index(call_arguments(module, args, kwargs))
+
+    def forward(position: int, *args: Any, **kwargs: Any) -> Any:
+        nonlocal record
+        if args:
+            hidden, args = args[0], args[1:]
+        else:
+            hidden = kwargs.pop("hidden_states")
+        if record is None:
+            record = BlockCalls(hidden, index)
+        record.calls.append((args, kwargs))
+        if position == len(blocks.names) - 1:
+            raise _LastBlockReached
+        return (hidden,) if as_tuple else hidden
+
+    owner = model.get_submodule(blocks.owner)
+    handle = owner.register_forward_pre_hook(observe, with_kwargs=True)
+    try:
+        with _replaced_blocks(model, blocks, forward):
+            _run_up_to_blocks(model, batch, device)
+    finally:
+        handle.remove()
+    return record

@@ -14,7 +14,7 @@ pytest.importorskip("gptqmodel", reason="needs the gptq extra")
 from optimum.gptq import GPTQQuantizer, load_quantized_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import logits, sequences, tiny_checkpoint
+from tiny import logits, sequences, text, tiny_checkpoint, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, GPTQConfig
 
 from bc_plugin import BiasCompensationConfig, BiasCompensationError, Compensation
@@ -107,7 +107,7 @@ def test_the_error_for_weights_that_a_kernel_has_repacked_says_so(checkpoint):
 
 
 def test_only_vectors_and_one_entry_are_added(checkpoint, tmp_path):
-    source, out, _ = checkpoint
+    _, out, _ = checkpoint
     plain = AutoModelForCausalLM.from_pretrained(out)
     plain.save_pretrained(tmp_path / "plain")
     ours, theirs = (load_file(f / "model.safetensors") for f in (out, tmp_path / "plain"))
@@ -182,15 +182,8 @@ def test_optimums_own_quantizer(tmp_path, enabled, sym):
 
 
 def test_text_as_the_data_set(tmp_path, enabled):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{i}": i for i in range(128)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    texts = [" ".join(f"w{t}" for t in batch["input_ids"][0]) for batch in sequences()]
     source = tiny_checkpoint(tmp_path / "float")
-    config = _config(dataset=texts, tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    config = _config(dataset=text(sequences()), tokenizer=tiny_tokenizer())
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
     model.save_pretrained(tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -311,5 +304,5 @@ def test_disable_leaves_no_trace(checkpoint):
 
 def test_vectors_are_in_the_models_own_file(checkpoint):
     with safe_open(checkpoint[1] / "model.safetensors", "pt") as file:
-        names = [key for key in file.keys() if key.endswith(SUFFIX)]
-    assert len(names) == 16
+        names = file.keys()
+    assert sum(name.endswith(SUFFIX) for name in names) == 16

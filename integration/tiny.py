@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 128
 SHAPES = {
@@ -55,6 +56,18 @@ def sequences(count=8, length=24, seed=0):
         }
         for _ in range(count)
     ]
+
+
+def tiny_tokenizer():
+    """Splits at white space; the words are w0 to w127."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, "w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def text(batches):
+    """The sequences as text for that tokenizer."""
+    return [" ".join(f"w{token}" for token in batch["input_ids"][0]) for batch in batches]
 
 
 @torch.no_grad()

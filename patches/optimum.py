@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from pathlib import Path
 
-from bc_plugin.compensation import Compensation
 from bc_plugin.loading import load_if_any
 from bc_plugin.names import KEY
 from bc_plugin.patching import Patch, Toolkit, argument
 from bc_plugin.quantization import CompensatedQuantization, flag_of, is_entry, set_flag
 
-# Functions deep inside a run find what belongs to it here.
+# prepare_dataset is a function of the module: it finds the run it belongs to here.
 _quantizing: ContextVar[CompensatedQuantization | None] = ContextVar("quantizing", default=None)
-_loading: ContextVar[Compensation | None] = ContextVar("loading", default=None)
 
 
 def _init(wrapped, quantizer, args, kwargs):
@@ -47,32 +46,32 @@ def _prepare_dataset(wrapped, instance, args, kwargs):
 def _save(wrapped, quantizer, args, kwargs):
     model = argument("model", 0, args, kwargs)
     config = getattr(model.config, "quantization_config", None)
-    if is_entry(getattr(quantizer, KEY, None)) and isinstance(config, dict):
+    converts = quantizer.sym and quantizer.format == "gptq_v2"
+    if converts and is_entry(getattr(quantizer, KEY, None)) and isinstance(config, dict):
         # Optimum writes the zero points of a symmetric model in the older format, and leaves the
         # newer one's name in config.json, so that loaders would misread them.
-        if quantizer.sym and quantizer.format == "gptq_v2":
-            config["format"] = "gptq"
+        config["format"] = "gptq"
     return wrapped(*args, **kwargs)
 
 
-def _load_quantized_model(wrapped, instance, args, kwargs):
-    compensation = load_if_any(argument("save_folder", 1, args, kwargs))
-    token = _loading.set(compensation)
-    try:
-        model = wrapped(*args, **kwargs)
-    finally:
-        _loading.reset(token)
+def _load_checkpoint(wrapped, instance, args, kwargs):
+    # load_quantized_model itself may have been imported by name before enable().
+    model = wrapped(*args, **kwargs)
+    checkpoint = Path(argument("checkpoint", 1, args, kwargs))
+    compensation = load_if_any(checkpoint if checkpoint.is_dir() else checkpoint.parent)
     if compensation is not None:
-        compensation.attach_unchecked(model)
+        # Before the kernels' initialisation, which may repack the weights the digest is taken of.
+        compensation.check(model)
+        model._compensation_to_attach = compensation
     return model
 
 
 def _post_init_model(wrapped, quantizer, args, kwargs):
-    compensation = _loading.get()
-    if compensation is not None:
-        # Now, because the kernels' initialisation may repack the weights the digest is taken of.
-        compensation.check(argument("model", 0, args, kwargs))
-    return wrapped(*args, **kwargs)
+    model = wrapped(*args, **kwargs)
+    if hasattr(model, "_compensation_to_attach"):
+        model._compensation_to_attach.attach_unchecked(model)
+        del model._compensation_to_attach
+    return model
 
 
 MODULE = "optimum.gptq.quantizer"
@@ -85,7 +84,7 @@ OPTIMUM = Toolkit(
         Patch(f"{MODULE}:GPTQQuantizer.quantize_model", _quantize_model, ("model", "tokenizer")),
         Patch(f"{MODULE}:prepare_dataset", _prepare_dataset, ("examples",)),
         Patch(f"{MODULE}:GPTQQuantizer.save", _save, ("model", "save_dir")),
-        Patch(f"{MODULE}:load_quantized_model", _load_quantized_model, ("model", "save_folder")),
+        Patch(f"{MODULE}:load_checkpoint_and_dispatch", _load_checkpoint, ("checkpoint",)),
         Patch(f"{MODULE}:GPTQQuantizer.post_init_model", _post_init_model, ("model",)),
     ),
 )

@@ -75,7 +75,7 @@ def test_the_error_of_a_block_falls_by_exactly_the_squared_mean(sites):
 def test_padding_and_batch_size_change_nothing(side):
     model, quantized = _double()
     lengths = [16, 11, 16, 9]
-    rows = [batch["input_ids"][:, :n] for batch, n in zip(token_batches(4), lengths)]
+    rows = [batch["input_ids"][:, :n] for batch, n in zip(token_batches(4), lengths, strict=True)]
     plain = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
     padded = {"input_ids": [], "attention_mask": []}
     for row in rows:
@@ -136,7 +136,7 @@ def test_all_positions_have_a_row_each_and_one_for_later_ones():
     compensation = bc_plugin.compensate(
         crudely_quantized(model), model, token_batches(length=7), {"positions": "all"}
     )
-    assert {tuple(v.shape)[0] for v in compensation.vectors.values()} == {8}
+    assert {v.shape[0] for v in compensation.vectors.values()} == {8}
 
 
 def test_a_snapshot_of_the_blocks_does_as_well_as_the_model():
@@ -190,6 +190,12 @@ def test_models_that_do_not_match_are_refused():
         bc_plugin.compensate(tiny_model("phi3"), model, token_batches())
     with pytest.raises(BiasCompensationError, match="number"):
         bc_plugin.compensate(tiny_model(num_hidden_layers=2), model, token_batches())
+
+
+def test_two_equal_models_are_refused():
+    model = tiny_model()
+    with pytest.raises(BiasCompensationError, match="nothing to compensate"):
+        bc_plugin.compensate(copy.deepcopy(model), model, token_batches())
 
 
 def test_a_compensated_model_is_not_compensated_again():

@@ -87,7 +87,9 @@ def test_unequal_prompts_in_a_batch_generate_what_they_do_alone(
     architecture, beams, implementation
 ):
     model = _compensated(architecture)
-    prompts = [b["input_ids"][:, :n] for b, n in zip(token_batches(3, seed=1), (9, 5, 7))]
+    prompts = [
+        b["input_ids"][:, :n] for b, n in zip(token_batches(3, seed=1), (9, 5, 7), strict=True)
+    ]
     settings = {
         "max_new_tokens": 5,
         "min_new_tokens": 5,
@@ -99,14 +101,10 @@ def test_unequal_prompts_in_a_batch_generate_what_they_do_alone(
         model.generate(p, attention_mask=torch.ones_like(p), **settings)[0, p.shape[1] :]
         for p in prompts
     ]
-    pads = [(9 - p.shape[1], 0) for p in prompts]
-    together = model.generate(
-        torch.cat([torch.nn.functional.pad(p, pad) for p, pad in zip(prompts, pads)]),
-        attention_mask=torch.cat(
-            [torch.nn.functional.pad(torch.ones_like(p), pad) for p, pad in zip(prompts, pads)]
-        ),
-        **settings,
-    )[:, 9:]
+    pad = torch.nn.functional.pad
+    ids = torch.cat([pad(p, (9 - p.shape[1], 0)) for p in prompts])
+    mask = torch.cat([pad(torch.ones_like(p), (9 - p.shape[1], 0)) for p in prompts])
+    together = model.generate(ids, attention_mask=mask, **settings)[:, 9:]
     assert together.tolist() == [row.tolist() for row in alone]
 
 

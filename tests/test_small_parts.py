@@ -1,5 +1,6 @@
 """Config, site names, calibration data, evaluation and structure."""
 
+import itertools
 import math
 
 import pytest
@@ -63,7 +64,7 @@ def test_a_wrong_flag_is_refused(value, message):
 )
 def test_short_names_stand_for_all_names(names):
     groups = collapse(names)
-    assert sorted(sum(groups.values(), [])) == sorted(names)
+    assert sorted(itertools.chain(*groups.values())) == sorted(names)
     for short, members in groups.items():
         assert expand(short) == members
 
@@ -104,9 +105,7 @@ def test_text_is_read_from_files(tmp_path):
 def test_rebatch_joins_what_has_one_shape():
     items = token_batches(3, length=4) + token_batches(2, length=5)
     sizes = [tuple(batch["input_ids"].shape) for batch in rebatch(items, batch_tokens=8)]
-    assert sorted(sizes) == [(1, 4), (2, 4), (1, 5)][::1] + [(1, 5)] or sorted(sizes) == sorted(
-        [(2, 4), (1, 4), (1, 5), (1, 5)]
-    )
+    assert sorted(sizes) == [(1, 4), (1, 5), (1, 5), (2, 4)]
     assert [b.shape for b in rebatch([torch.zeros(1, 2), torch.zeros(1, 2)], 99)] == [(2, 2)]
 
 
