@@ -216,7 +216,9 @@ def evaluate(
 @app.command()
 def inspect(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A compensated checkpoint.")],
-    all_sites: Annotated[bool, typer.Option("--all", help="A row per site, not per group.")] = False,
+    all_sites: Annotated[
+        bool, typer.Option("--all", help="A row per site, not per group.")
+    ] = False,
 ) -> None:
     """The sites of a compensated checkpoint, their sizes, and the error before and after.
 

@@ -30,7 +30,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
 import bc_plugin
 from bc_plugin import Compensation
-from bc_plugin.calibration import windows
 
 FOLDER = real.CACHE / "demo"
 BITS, GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 3, 64, 32, 512, 12
@@ -75,9 +74,10 @@ def quantize_and_save(console: Console) -> dict[str, float]:
 
 
 def evaluate_saved() -> None:
-    """In a process of its own: load what was saved, and measure it on the news."""
+    """In a process of its own: load what was saved, and measure it on held-out articles."""
     source = real.smollm2()
-    batches = windows(real.news(), AutoTokenizer.from_pretrained(source), LENGTH, EVALUATED)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    batches = real.held_out_windows(tokenizer, LENGTH, EVALUATED)
     reference = AutoModelForCausalLM.from_pretrained(source).eval()
     found = {"float": bc_plugin.evaluate(reference, batches).to_dict()}
     for name in ("GPTQ", "positions=0", "positions=1"):
@@ -106,11 +106,11 @@ def size(name: str) -> int:
 
 def print_table(console: Console, found: dict, seconds: dict[str, float]) -> None:
     floor, plain = found["float"]["perplexity"], found["GPTQ"]["perplexity"]
-    table = Table(
-        "", "perplexity", "gap closed", "KL (nats)", "checkpoint", "quantize", "BC pass"
-    )
+    table = Table("", "perplexity", "gap closed", "KL (nats)", "checkpoint", "quantize", "BC pass")
     tokens = found["float"]["tokens"]
-    table.title = f"SmolLM2-135M, {BITS} bits, group {GROUP_SIZE}; {tokens} tokens of news"
+    table.title = (
+        f"SmolLM2-135M, {BITS} bits, group {GROUP_SIZE}; {tokens} tokens of held-out Wikipedia"
+    )
     megabytes = real.smollm2().joinpath("model.safetensors").stat().st_size / 1e6
     table.add_row("float32", f"{floor:.2f}", "", "0", f"{megabytes:.2f} MB", "", "")
     for label in ("GPTQ", "positions=0", "positions=1"):

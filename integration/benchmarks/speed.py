@@ -64,9 +64,7 @@ def main() -> None:
         compensation = Compensation.attached_to(model)
         size = compensation.nbytes if compensation else 0
         total = sum(f.stat().st_size for f in (demo / "GPTQ").glob("*.safetensors"))
-        ratio = statistics.median(
-            a / b for a, b in zip(times[name], times["GPTQ"], strict=True)
-        )
+        ratio = statistics.median(a / b for a, b in zip(times[name], times["GPTQ"], strict=True))
         table.add_row(
             name,
             f"{1000 * statistics.median(times[name]):.1f}",
