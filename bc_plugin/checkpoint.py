@@ -45,7 +45,7 @@ def read_vectors(files: Iterable[str | Path]) -> dict[str, Tensor]:
                 for key in file.keys():  # noqa: SIM118, not a dict
                     if key.endswith(SUFFIX):
                         vectors[key.removesuffix(SUFFIX)] = file.get_tensor(key)
-        else:
+        elif str(path).endswith(".bin"):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             for key, tensor in state.items():
                 if key.endswith(SUFFIX):

@@ -144,6 +144,7 @@ class _Pass:
         self.tracker = PositionTracker(self.positions)
         self.vectors: dict[str, Tensor] = {}
         self.errors: dict[str, SiteErrors] = {}
+        self.attached: list[AttachedSite] = []
         self.changed = False
 
     def run(self) -> Compensation:
@@ -172,6 +173,8 @@ class _Pass:
             outputs = self._run_float(position, name, reference, quantized, linears)
         if "block" in self.config.sites and changed:
             self._run_quantized(position, name, quantized, outputs)
+        while self.attached:
+            self.attached.pop().detach()
         for batch, output in zip(self.stream, outputs, strict=True):
             batch.hidden = output
 
@@ -246,7 +249,7 @@ class _Pass:
             tqdm.write(f"{name}: dropped, its held-out error would rise")
             return
         self.vectors[name], self.errors[name] = vectors, errors
-        AttachedSite(module, vectors, self.tracker, self.dtype)
+        self.attached.append(AttachedSite(module, vectors, self.tracker, self.dtype))
 
     def _check_finite(self, output: Tensor, name: str, which: str) -> None:
         if not bool(torch.isfinite(output).all()):

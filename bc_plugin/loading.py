@@ -25,9 +25,10 @@ def read_compensation(
     Raises:
         BiasCompensationError: only one of the two is there, or they do not fit.
     """
-    vectors = read_vectors(files)
     if entry is not None:
-        return Compensation.from_entry(entry, vectors)
+        return Compensation.from_entry(entry, read_vectors(files))
+    # Only safetensors files can be looked into without reading all of them.
+    vectors = read_vectors(file for file in files if str(file).endswith(".safetensors"))
     if vectors:
         raise BiasCompensationError(
             f"the checkpoint holds {len(vectors)} compensation tensors, the first is "

@@ -65,10 +65,9 @@ def call_model(model: nn.Module, batch: Batch, device: torch.device) -> Any:
 
 def copy_of(block: nn.Module) -> nn.Module:
     """A copy to run: some kernels repack their weights when first run, for good, and the model
-    could not be saved afterwards."""
-    # accelerate's hooks are shared, not copied: they may hold the weights of the whole model.
-    hooks = [module._hf_hook for module in block.modules() if hasattr(module, "_hf_hook")]
-    return copy.deepcopy(block, {id(hook): hook for hook in hooks})
+    could not be saved afterwards. A block that accelerate moves about is returned itself."""
+    dispatched = any(hasattr(module, "_hf_hook") for module in block.modules())
+    return block if dispatched else copy.deepcopy(block)
 
 
 @contextmanager
@@ -102,7 +101,7 @@ def _run_up_to_blocks(model: nn.Module, batch: Batch, device: torch.device) -> N
 
 def _returns_tuple(model: nn.Module, blocks: Blocks, batch: Batch, device: torch.device) -> bool:
     """Whether blocks return a tuple or the bare hidden states; found out by running the first."""
-    first = copy_of(model.get_submodule(blocks.names[0]))
+    first = copy_of(model.get_submodule(blocks.names[0])).forward
     seen = []
 
     def run_first(position: int, *args: Any, **kwargs: Any) -> None:

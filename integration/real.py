@@ -58,15 +58,16 @@ def wikipedia(characters: int = 1_000_000) -> str:
 
         articles: list[str] = []
         source = _package("gensim") / "test" / "test_data" / WIKIPEDIA
-        for _, element in ElementTree.iterparse(bz2.open(source)):
-            if not element.tag.endswith("}page"):
-                continue
-            text = element.findtext("{*}revision/{*}text") or ""
-            if element.findtext("{*}ns") == "0" and not text.lower().startswith("#redirect"):
-                articles.append(_plain(mwparserfromhell.parse(text)))
-            element.clear()
-            if sum(map(len, articles)) > characters:
-                break
+        with bz2.open(source) as file:
+            for _, element in ElementTree.iterparse(file):
+                if not element.tag.endswith("}page"):
+                    continue
+                text = element.findtext("{*}revision/{*}text") or ""
+                if element.findtext("{*}ns") == "0" and not text.lower().startswith("#redirect"):
+                    articles.append(_plain(mwparserfromhell.parse(text)))
+                element.clear()
+                if sum(map(len, articles)) > characters:
+                    break
         CACHE.mkdir(parents=True, exist_ok=True)
         path.write_text(ARTICLE_END.join(articles), encoding="utf-8")
     return path.read_text(encoding="utf-8")

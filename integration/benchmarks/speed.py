@@ -6,13 +6,14 @@
   run in turns, median of many turns;
 - size: bytes of the vectors over bytes of the checkpoint.
 
-Reads what ``integration/demo.py`` saved (and runs nothing of it): run ``make demo`` first. The share
-of the pass in the quantization's time is in the demo's own table.
+Reads what ``integration/demo.py`` saved: run ``make demo`` first. The time of the pass beside that
+of quantizing is in the demo's own table.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import time
 
@@ -47,17 +48,14 @@ def main() -> None:
     bc_plugin.enable()
     demo = real.CACHE / "demo"
     ids = torch.randint(3, 40_000, (1, 64))
-    models = {
-        name: AutoModelForCausalLM.from_pretrained(demo / name)
-        for name in ("GPTQ", "GPTQ again", "positions=0", "positions=1")
-        if name != "GPTQ again"
-    }
-    models["GPTQ again"] = AutoModelForCausalLM.from_pretrained(demo / "GPTQ")  # the noise
+    names = ("GPTQ", "positions=0", "positions=1")
+    models = {name: AutoModelForCausalLM.from_pretrained(demo / name) for name in names}
+    models["GPTQ again"] = AutoModelForCausalLM.from_pretrained(demo / "GPTQ")  # shows the noise
     times: dict[str, list[float]] = {name: [] for name in models}
     for model in models.values():
         _seconds_per_token(model, ids)  # warm up
     for turn in range(TURNS):
-        for name in sorted(models, key=lambda name: hash((turn, name))):
+        for name in random.Random(turn).sample(sorted(models), len(models)):
             times[name].append(_seconds_per_token(models[name], ids))
     table = Table("", "ms per token", "over GPTQ", "vectors", "of the checkpoint")
     for name, model in models.items():
