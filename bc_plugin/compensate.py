@@ -23,7 +23,7 @@ from .names import VECTOR
 from .positions import PositionTracker, vector_rows
 from .statistics import ShiftStatistics
 from .stream import BlockCalls, copy_of, record_calls
-from .structure import Blocks, find_blocks, linear_sites
+from .structure import Blocks, device_of, find_blocks, linear_sites
 
 
 def compensate(
@@ -80,7 +80,7 @@ def prepare_stream(
     """
     items = spread(list(calibration), config.max_tokens)
     fitted, apart = split_held_out(items, config.held_out)
-    device = next(model.parameters()).device
+    device = device_of(model)
     stream = list(record_calls(model, blocks, rebatch(fitted, config.batch_tokens), device))
     longest = max(int(calls.index.max()) + 1 for calls in stream)
     if config.positions != "all" and longest <= config.positions:
@@ -165,12 +165,12 @@ class _Pass:
 
     def _compensate_block(self, position: int, name: str) -> None:
         quantized = copy_of(self.model.get_submodule(name))
-        device = next(iter(quantized.state_dict(keep_vars=True).values())).device
+        device = device_of(quantized)
         with self.source.load(name, device) as reference:
             changed = linear_sites(reference, quantized)
             linears = changed if "linear" in self.config.sites else []
             self.changed |= bool(changed)
-            outputs = self._run_float(position, name, reference, quantized, linears)
+            outputs = self._run_float(position, name, reference, quantized, linears, device)
         if "block" in self.config.sites and changed:
             self._run_quantized(position, name, quantized, outputs)
         while self.attached:
@@ -185,6 +185,7 @@ class _Pass:
         reference: nn.Module,
         quantized: nn.Module,
         linears: list[str],
+        device: torch.device,
     ) -> list[Tensor]:
         """Run the float block; each float linear's input also goes through the quantized one."""
         sites = {linear: self._site("linear") for linear in linears}
@@ -201,7 +202,6 @@ class _Pass:
 
         outputs = []
         tensors = reference.state_dict(keep_vars=True).values()
-        device = next(iter(tensors)).device
         dtype = next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
         with ExitStack() as hooks:
             for linear in linears:

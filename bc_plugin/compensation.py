@@ -19,7 +19,7 @@ from .digest import weights_digest
 from .errors import BiasCompensationError
 from .names import KEY, VECTOR, collapse, expand
 from .positions import PositionTracker
-from .structure import find_blocks
+from .structure import device_of, find_blocks
 
 FORMAT_VERSION = 1
 FILE = "bias_compensation.safetensors"
@@ -107,8 +107,7 @@ class Compensation:
         sites = []
         for name, vectors in self.vectors.items():
             module = model.get_submodule(name)
-            device = next(iter(module.state_dict(keep_vars=True).values())).device
-            sites.append(AttachedSite(module, vectors.to(device), tracker, dtype))
+            sites.append(AttachedSite(module, vectors.to(device_of(module)), tracker, dtype))
         model._bias_compensation = (self, sites, handle)
         _set_entry(model, self.entry())
 

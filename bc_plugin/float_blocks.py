@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .structure import Blocks
+from .structure import Blocks, device_of
 
 
 class LiveBlocks:
@@ -29,13 +29,7 @@ class LiveBlocks:
     def load(self, name: str, device: torch.device) -> Iterator[nn.Module]:
         """The block called ``name``, on ``device`` while the context lasts."""
         block = self.model.get_submodule(name)
-        tensors = block.state_dict(keep_vars=True).values()
-        home = {tensor.device for tensor in tensors}
-        if home == {device} or any(hasattr(m, "_hf_hook") for m in block.modules()):
-            yield block
-        else:
-            moved = copy.deepcopy(block).to(device)
-            yield moved
+        yield block if device_of(block) == device else copy.deepcopy(block).to(device)
 
 
 class BlockSnapshot:

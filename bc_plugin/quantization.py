@@ -15,7 +15,7 @@ from .errors import BiasCompensationError
 from .float_blocks import BlockSnapshot
 from .names import KEY
 from .stream import call_model
-from .structure import find_blocks
+from .structure import device_of, find_blocks
 
 
 def is_entry(value: Any) -> bool:
@@ -66,8 +66,7 @@ class CompensatedQuantization:
     def _check(self) -> None:
         """Find out in seconds what would otherwise fail after hours."""
         prepare_stream(self.model, self.blocks, self.calibration, self.config)
-        device = next(self.model.parameters()).device
-        logits = call_model(self.model, self.calibration[0], device)[0]
+        logits = call_model(self.model, self.calibration[0], device_of(self.model))[0]
         if not bool(torch.isfinite(logits).all()):
             raise BiasCompensationError(
                 "the float model's output on the first calibration sequence is not finite (type "

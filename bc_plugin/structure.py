@@ -91,4 +91,15 @@ def linear_sites(float_block: nn.Module, quantized_block: nn.Module) -> list[str
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.detach(), b.detach().to(a.device, a.dtype))
+    if a.is_meta or b.is_meta or a.shape != b.shape:  # meta: offloaded, so not to be compared
+        return False
+    return torch.equal(a.detach(), b.detach().to(a.device, a.dtype))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where ``module`` computes, also when accelerate keeps its weights elsewhere."""
+    for child in module.modules():
+        execution = getattr(getattr(child, "_hf_hook", None), "execution_device", None)
+        if execution is not None:
+            return torch.device(execution)
+    return next(iter(module.state_dict(keep_vars=True).values())).device
