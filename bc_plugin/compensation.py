@@ -100,15 +100,14 @@ class Compensation:
             raise BiasCompensationError("the model is compensated already; detach that first.")
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         tracker = PositionTracker(self.positions)
-        handle = None
-        if self.positions > 0:
-            owner = model.get_submodule(self.blocks.rpartition(".")[0])
-            handle = owner.register_forward_pre_hook(tracker.before_forward, with_kwargs=True)
+        blocks = find_blocks(model, self.blocks)
+        first = model.get_submodule(blocks.names[0])
+        handles = tracker.listen(model.get_submodule(blocks.owner), first)
         sites = []
         for name, vectors in self.vectors.items():
             module = model.get_submodule(name)
             sites.append(AttachedSite(module, vectors.to(device_of(module)), tracker, dtype))
-        model._bias_compensation = (self, sites, handle)
+        model._bias_compensation = (self, sites, handles)
         _set_entry(model, self.entry())
 
     def detach(self, model: nn.Module) -> None:
@@ -117,12 +116,12 @@ class Compensation:
         Raises:
             BiasCompensationError: these vectors are not attached to the model.
         """
-        attached, sites, handle = getattr(model, "_bias_compensation", (None, (), None))
+        attached, sites, handles = getattr(model, "_bias_compensation", (None, (), ()))
         if attached is None or attached.digest != self.digest:
             raise BiasCompensationError("this compensation is not attached to the model.")
         for site in sites:
             site.detach()
-        if handle is not None:
+        for handle in handles:
             handle.remove()
         del model._bias_compensation
         _set_entry(model, None)

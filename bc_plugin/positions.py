@@ -56,7 +56,13 @@ def _from_mask(mask: Any, length: int, past: int | Tensor) -> Tensor | None:
     return None
 
 
-def token_index(arguments: Mapping[str, Any]) -> Tensor:
+def plain_index(hidden: Tensor) -> Tensor:
+    """Token indices of hidden states (batch, length, features) without padding or cache."""
+    batch, length = hidden.shape[:2]
+    return torch.arange(length, device=hidden.device).expand(batch, length)
+
+
+def token_index(arguments: Mapping[str, Any]) -> Tensor | None:
     """Index of every token in its own sequence.
 
     Args:
@@ -64,15 +70,14 @@ def token_index(arguments: Mapping[str, Any]) -> Tensor:
 
     Returns:
         int64 of shape (batch, length); 0 is the first token that is not padding, -1 is padding.
+        None where no argument has tokens, as with images: the blocks' input then tells.
 
     A padded row starts at its first unmasked token, whatever ``position_ids`` say; a packed row
     starts anew wherever ``position_ids`` do. Where both are given the smaller index is right.
     """
     inputs = next((arguments[name] for name in INPUTS if arguments.get(name) is not None), None)
     if inputs is None:
-        raise BiasCompensationError(
-            f"no model input found among {sorted(arguments)}; expected one of {INPUTS}."
-        )
+        return None
     batch, length = inputs.shape[:2]
     past = _past_length(arguments)
     ids = arguments.get("position_ids")
@@ -104,6 +109,16 @@ class PositionTracker:
     def __init__(self, positions: int) -> None:
         self.positions = positions
         self.rows: Tensor | None = None
+        self.waiting = False
+
+    def listen(self, owner: nn.Module, first_block: nn.Module) -> list[Any]:
+        """Follow every forward pass of a model from now on; returns the hooks' handles."""
+        if self.positions == 0:
+            return []
+        return [
+            owner.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            first_block.register_forward_pre_hook(self.before_first_block, with_kwargs=True),
+        ]
 
     def observe(self, index: Tensor) -> None:
         """Take the token indices of the batch about to run."""
@@ -116,4 +131,12 @@ class PositionTracker:
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook for the module that holds the blocks."""
-        self.observe(token_index(call_arguments(module, args, kwargs)))
+        index = token_index(call_arguments(module, args, kwargs))
+        self.waiting = index is None
+        if index is not None:
+            self.observe(index)
+
+    def before_first_block(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook for the first block, where no argument of the model has tokens."""
+        if self.waiting:
+            self.observe(plain_index(args[0] if args else kwargs["hidden_states"]))

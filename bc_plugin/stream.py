@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BiasCompensationError
-from .positions import call_arguments, token_index
+from .positions import call_arguments, plain_index, token_index
 from .structure import Blocks
 
 Batch = Mapping[str, Any] | Tensor
@@ -145,7 +145,7 @@ def _record(
         else:
             hidden = kwargs.pop("hidden_states")
         if record is None:
-            record = BlockCalls(hidden, index)
+            record = BlockCalls(hidden, plain_index(hidden) if index is None else index)
         record.calls.append((args, kwargs))
         if position == len(blocks.names) - 1:
             raise _LastBlockReached

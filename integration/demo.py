@@ -90,9 +90,11 @@ def plot(compensation: Compensation, path: Path) -> None:
     """Error per site before and after, on held-out tokens."""
     rows = compensation.describe()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axis, kind in zip(axes, ("linear", "block"), strict=True):
+    # A block is measured with its linears compensated already.
+    labels = {"linear": ("GPTQ", "with its vector"), "block": ("linears only", "with its vector")}
+    for axis, (kind, names) in zip(axes, labels.items(), strict=True):
         chosen = [row for row in rows if row["kind"] == kind]
-        for column, label in (("held_out_before", "GPTQ"), ("held_out_after", "GPTQ + BC")):
+        for column, label in zip(("held_out_before", "held_out_after"), names, strict=True):
             axis.semilogy([row[column] for row in chosen], ".-", label=label, linewidth=0.8)
         axis.set(title=f"{kind} outputs", xlabel="site, first to last", ylabel="mean squared error")
         axis.legend()
@@ -117,7 +119,7 @@ def print_table(console: Console, found: dict, seconds: dict[str, float]) -> Non
         row = found[label]
         closed = (plain - row["perplexity"]) / (plain - floor)
         table.add_row(
-            label if label == "GPTQ" else f"GPTQ + BC, {label}",
+            label if label == "GPTQ" else f"+ BC, {label}",
             f"{row['perplexity']:.2f}",
             "" if label == "GPTQ" else f"{closed:.0%}",
             f"{row['kl']:.3f}",
@@ -134,7 +136,7 @@ def main() -> None:
     if sys.argv[1:] == ["evaluate"]:
         evaluate_saved()
         return
-    console = Console()
+    console = Console(width=100)
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     seconds = quantize_and_save(console)

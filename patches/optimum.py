@@ -79,6 +79,7 @@ OPTIMUM = Toolkit(
     name="optimum",
     distribution="optimum",
     versions=">=2.3,<2.4",
+    needs=("transformers",),  # else GPTQConfig would swallow the flag without a word
     patches=(
         Patch(f"{MODULE}:GPTQQuantizer.__init__", _init, ("bits", "kwargs")),
         Patch(f"{MODULE}:GPTQQuantizer.quantize_model", _quantize_model, ("model", "tokenizer")),

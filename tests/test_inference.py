@@ -6,8 +6,10 @@ import io
 import pytest
 import torch
 from models import ARCHITECTURES, crudely_quantized, tiny_model, token_batches
+from transformers import ViTConfig, ViTForImageClassification
 
 import bc_plugin
+from bc_plugin.structure import find_blocks
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 ROTARY = [name for name in ARCHITECTURES if name not in ("opt", "bloom", "gpt2")]
@@ -170,3 +172,30 @@ def test_compiled_models_give_the_same_logits(positions):
     expected = model(ids, use_cache=False).logits
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, **CLOSE)
+
+
+def test_nothing_assumes_token_ids():
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=4,
+    )
+    model = ViTForImageClassification(config).eval().double()
+    quantized = crudely_quantized(model)
+    images = [{"pixel_values": torch.randn(2, 3, 16, 16).double()} for _ in range(6)]
+    config = {"positions": 1, "held_out": 0, "dtype": "float64"}
+    compensation = bc_plugin.compensate(quantized, model, images, config)
+    compensation.attach(quantized)
+    first = find_blocks(model).names[0]
+    outputs = []
+    for either in (model, quantized):
+        either.get_submodule(first).register_forward_hook(lambda m, a, out: outputs.append(out))
+    for batch in images:
+        model(**batch)
+        quantized(**batch)
+    pairs = zip(outputs[::2], outputs[1::2], strict=True)
+    measured = torch.stack([(a - b).square().mean() for a, b in pairs]).mean().item()
+    assert measured == pytest.approx(compensation.errors[first].after, rel=1e-9)

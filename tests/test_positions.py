@@ -86,9 +86,8 @@ def test_a_mask_too_short_is_an_error():
         token_index({"input_ids": IDS, "attention_mask": torch.ones(2, 3)})
 
 
-def test_without_a_model_input_there_is_an_error():
-    with pytest.raises(BiasCompensationError, match="no model input"):
-        token_index({"labels": IDS})
+def test_images_have_no_tokens_yet():
+    assert token_index({"pixel_values": torch.zeros(1, 3, 8, 8)}) is None
 
 
 def test_vector_rows_padding_uses_the_shared_row():
