@@ -28,7 +28,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 benchmark: setup
-	$(BIN)/python -m integration.benchmarks.speed
+	PYTHONPATH=integration $(BIN)/python integration/benchmarks/speed.py
 
 clean:
 	rm -rf $(VENV) .cache
