@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +49,7 @@ def main() -> None:
         raise SystemExit(1) from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """A folder to write into that becomes ``out`` when all went well."""
     if out.exists():
@@ -114,17 +115,17 @@ def quantize(
     from .calibration import read_text, windows
 
     enable("transformers")
-    tokenizer = _tokenizer(float_model)
-    config = GPTQConfig(
-        bits=bits,
-        group_size=group_size,
-        sym=sym,
-        desc_act=desc_act,
-        dataset=windows(read_text(dataset), tokenizer, length, samples),
-        tokenizer=tokenizer,
-        bias_compensation=_settings(positions, sites),
-    )
     with _new_folder(out) as part:
+        tokenizer = _tokenizer(float_model)
+        config = GPTQConfig(
+            bits=bits,
+            group_size=group_size,
+            sym=sym,
+            desc_act=desc_act,
+            dataset=windows(read_text(dataset), tokenizer, length, samples),
+            tokenizer=tokenizer,
+            bias_compensation=_settings(positions, sites),
+        )
         model = _load(float_model, dtype, device_map, quantization_config=config)
         model.config.quantization_config.dataset = None  # tokens of the text: not to be published
         model.save_pretrained(part)
@@ -156,9 +157,9 @@ def compensate(
     from .calibration import read_text, windows
 
     enable("transformers")
-    tokenizer = _tokenizer(float_model)
-    calibration = windows(read_text(dataset), tokenizer, length, samples)
     with _new_folder(out) as part:
+        tokenizer = _tokenizer(float_model)
+        calibration = windows(read_text(dataset), tokenizer, length, samples)
         model = _load(quantized, dtype, device_map)
         before = Compensation.attached_to(model)
         if before is not None:
@@ -192,17 +193,21 @@ def evaluate(
     from . import evaluate as run
     from .calibration import read_text, windows
 
-    enable("transformers")
-    count = max(1, tokens // length)
-    batches = windows(read_text(dataset), _tokenizer(reference or model), length, count)
-    loaded = _load(model, dtype, device_map)
-    if without_compensation:
-        compensation = Compensation.attached_to(loaded)
-        if compensation is None:
-            raise BiasCompensationError(f"{model} is not compensated; drop --without-compensation.")
-        compensation.detach(loaded)
-    float_model = _load(reference, dtype, device_map) if reference else None
-    found = run(loaded, batches, float_model)
+    # Toolkits print to the standard output, which is for the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        enable("transformers")
+        count = max(1, tokens // length)
+        batches = windows(read_text(dataset), _tokenizer(reference or model), length, count)
+        loaded = _load(model, dtype, device_map)
+        if without_compensation:
+            compensation = Compensation.attached_to(loaded)
+            if compensation is None:
+                raise BiasCompensationError(
+                    f"{model} is not compensated; drop --without-compensation."
+                )
+            compensation.detach(loaded)
+        float_model = _load(reference, dtype, device_map) if reference else None
+        found = run(loaded, batches, float_model)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
         return
