@@ -1,6 +1,7 @@
 """The toolkits that can be patched: one short file each, all of one shape."""
 
+from .auto_gptq import AUTO_GPTQ
 from .optimum import OPTIMUM
 from .transformers import TRANSFORMERS
 
-TOOLKITS = (OPTIMUM, TRANSFORMERS)
+TOOLKITS = (OPTIMUM, TRANSFORMERS, AUTO_GPTQ)

@@ -1,0 +1,58 @@
+"""What AutoGPTQ 0.7.1 needs to quantize without a GPU. For tests only."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+
+
+@contextmanager
+def auto_gptq_on_cpu():
+    """While this lasts, AutoGPTQ takes the CPU for its first GPU."""
+    from auto_gptq.modeling import _base
+
+    def quantize(original):
+        @functools.wraps(original)
+        def on_cpu(self, *args, **kwargs):
+            inside_model = []
+
+            def as_tuple(module, args, output):
+                # From transformers 4.54 a block returns a tensor, of which AutoGPTQ, which calls
+                # blocks by themselves, takes [0].
+                tensor = isinstance(output, torch.Tensor)
+                return (output,) if tensor and not inside_model else output
+
+            layers = _base.get_module_by_name_prefix(self.model, self.layers_block_name)
+            handles = [layer.register_forward_hook(as_tuple) for layer in layers]
+            handles += [
+                self.model.register_forward_pre_hook(lambda *_: inside_model.append(True)),
+                self.model.register_forward_hook(lambda *_: inside_model.clear(), always_call=True),
+            ]
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        return on_cpu
+
+    def from_pretrained(original):
+        @functools.wraps(original)
+        def on_cpu(cls, *args, **kwargs):
+            with mock.patch("torch.cuda.is_available", return_value=True):
+                return original(cls, *args, **kwargs)
+
+        return classmethod(on_cpu)
+
+    model = _base.BaseGPTQForCausalLM
+    loader = vars(model)["from_pretrained"].__func__
+    with (
+        mock.patch.object(_base, "CUDA_0", torch.device("cpu")),
+        mock.patch("torch.cuda.synchronize", lambda *a: None),
+        mock.patch.object(model, "from_pretrained", from_pretrained(loader)),
+        mock.patch.object(model, "quantize", quantize(vars(model)["quantize"])),
+    ):
+        yield

@@ -1,0 +1,204 @@
+"""AutoGPTQ 0.7.1, in its own environment (``make test`` builds it)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("auto_gptq", reason="needs the autogptq extra, in its own environment")
+
+from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
+from cpu_shims import auto_gptq_on_cpu
+from safetensors.torch import load_file, save_file
+from tiny import logits, sequences, tiny_checkpoint
+
+import bc_plugin
+from bc_plugin import BiasCompensationError, Compensation
+from bc_plugin.checkpoint import SUFFIX
+
+FLAG = {"positions": 1, "held_out": 0.25}
+GROUP_SIZE = 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_cpu():
+    with auto_gptq_on_cpu():
+        yield
+
+
+@pytest.fixture
+def enabled():
+    bc_plugin.enable("auto_gptq")
+    yield bc_plugin
+    bc_plugin.disable()
+
+
+def _quantize(source, dtype=torch.float32, flag=FLAG, examples=None, **changes):
+    settings = {"bits": 4, "group_size": GROUP_SIZE, "desc_act": False, **changes}
+    config = BaseQuantizeConfig(**settings, bias_compensation=flag)
+    model = AutoGPTQForCausalLM.from_pretrained(source, config, torch_dtype=dtype)
+    model.quantize(examples or sequences(), use_triton=False)
+    return model
+
+
+def _load(folder, dtype=torch.float32, **kwargs):
+    return AutoGPTQForCausalLM.from_quantized(
+        str(folder), device="cpu", torch_dtype=dtype, **kwargs
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, _on_cpu):
+    """A float folder, a compensated one, and the logits before saving."""
+    folder = tmp_path_factory.mktemp("auto_gptq")
+    source = tiny_checkpoint(folder / "float")
+    bc_plugin.enable("auto_gptq")
+    try:
+        model = _quantize(source)
+        model.save_quantized(folder / "out", use_safetensors=True)
+    finally:
+        bc_plugin.disable()
+    return source, folder / "out", logits(model.model)
+
+
+@pytest.mark.parametrize("positions", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_quantize_save_load(tmp_path, enabled, architecture, dtype, positions):
+    source = tiny_checkpoint(tmp_path / "float", architecture, dtype)
+    model = _quantize(source, dtype, {"positions": positions})
+    compensation = Compensation.attached_to(model.model)
+    assert all(e.after <= e.before for e in compensation.errors.values())
+    model.save_quantized(tmp_path / "out", use_safetensors=True)
+    loaded = _load(tmp_path / "out", dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(
+        logits(loaded.model), logits(model.model), rtol=tolerance, atol=tolerance
+    )
+    Compensation.attached_to(loaded.model).detach(loaded.model)
+    assert (logits(loaded.model) - logits(model.model)).abs().max() > 10 * tolerance
+
+
+@pytest.mark.parametrize("desc_act", [False, True], ids=["plain", "act-order"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_width(tmp_path, enabled, bits, desc_act):
+    source = tiny_checkpoint(tmp_path / "float")
+    model = _quantize(source, bits=bits, desc_act=desc_act)
+    model.save_pretrained(tmp_path / "out")
+    torch.testing.assert_close(
+        logits(_load(tmp_path / "out").model), logits(model.model), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_new_process_loads_it_compensated(checkpoint):
+    _, out, expected = checkpoint
+    program = (
+        "import sys, torch, bc_plugin; bc_plugin.enable('auto_gptq')\n"
+        "from auto_gptq import AutoGPTQForCausalLM; from tiny import logits\n"
+        "model = AutoGPTQForCausalLM.from_quantized(\n"
+        "    sys.argv[1], device='cpu', torch_dtype=torch.float32)\n"
+        "torch.save(logits(model.model), sys.argv[2])"
+    )
+    result = out.parent / "logits.pt"
+    here = Path(__file__).parent
+    subprocess.run([sys.executable, "-c", program, out, result], check=True, cwd=here)
+    torch.testing.assert_close(torch.load(result), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_the_plugin_the_plain_model_loads(checkpoint):
+    _, out, compensated = checkpoint
+    plain = _load(out)
+    assert (logits(plain.model) - compensated).abs().max() > 1e-3
+    Compensation.load(out).attach(plain.model)
+    torch.testing.assert_close(logits(plain.model), compensated, rtol=1e-5, atol=1e-5)
+
+
+def test_both_configs_carry_the_entry_and_no_vector_travels_as_a_bias(checkpoint):
+    _, out, _ = checkpoint
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    own = json.loads((out / "quantize_config.json").read_text())
+    assert own["bias_compensation"] == config["bias_compensation"]
+    (file,) = out.glob("*.safetensors")
+    tensors = load_file(file)
+    assert sum(name.endswith(SUFFIX) for name in tensors) == 16
+    # AutoGPTQ stores a bias of zeros for every layer that had none, which other loaders drop.
+    biases = [tensor for name, tensor in tensors.items() if name.endswith("_proj.bias")]
+    assert biases and not any(bias.any() for bias in biases)
+
+
+def test_loaded_and_saved_again(checkpoint, tmp_path, enabled):
+    _, out, expected = checkpoint
+    _load(out).save_quantized(tmp_path, use_safetensors=True)
+    torch.testing.assert_close(logits(_load(tmp_path).model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_quantize_overrides_the_config(checkpoint, enabled):
+    source, _, _ = checkpoint
+    config = BaseQuantizeConfig(bits=4, group_size=GROUP_SIZE, bias_compensation=True)
+    model = AutoGPTQForCausalLM.from_pretrained(source, config, torch_dtype=torch.float32)
+    model.quantize(sequences(), bias_compensation={"positions": 2})
+    assert Compensation.attached_to(model.model).positions == 2
+    model = AutoGPTQForCausalLM.from_pretrained(source, config, torch_dtype=torch.float32)
+    model.quantize(sequences(), bias_compensation=False)
+    assert Compensation.attached_to(model.model) is None
+    assert "bias_compensation" not in model.quantize_config.to_dict()
+
+
+def test_sharded_checkpoints(checkpoint, tmp_path, enabled):
+    from huggingface_hub import save_torch_state_dict
+
+    _, out, expected = checkpoint
+    (file,) = out.glob("*.safetensors")
+    save_torch_state_dict(load_file(file), tmp_path, max_shard_size="50KB")
+    for name in ("config.json", "quantize_config.json"):
+        settings = json.loads((out / name).read_text())
+        own = settings.get("quantization_config", settings)
+        own["model_file_base_name"] = "model"
+        (tmp_path / name).write_text(json.dumps(settings))
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    torch.testing.assert_close(logits(_load(tmp_path).model), expected, rtol=1e-5, atol=1e-5)
+
+
+# What must not pass in silence
+
+NAME = "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop(NAME + SUFFIX), f"missing, the first is {NAME}{SUFFIX}"),
+        (lambda s: s[NAME + SUFFIX].fill_(torch.nan), f"{NAME}{SUFFIX} holds NaN"),
+        (lambda s: s[NAME + ".qweight"].add_(1), "digest"),
+    ],
+    ids=["missing", "nan", "requantized"],
+)
+def test_a_checkpoint_with_something_wrong_is_refused(
+    checkpoint, tmp_path, enabled, change, message
+):
+    for file in checkpoint[1].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (file,) = tmp_path.glob("*.safetensors")
+    state = load_file(file)
+    change(state)
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(BiasCompensationError, match=message):
+        _load(tmp_path)
+
+
+def test_useless_calibration_data_is_refused_before_quantizing(checkpoint, enabled):
+    with pytest.raises(BiasCompensationError, match="longest calibration sequence has 1"):
+        _quantize(checkpoint[0], examples=sequences(length=1))
+
+
+def test_a_wrong_flag_is_refused_at_once(enabled):
+    with pytest.raises(BiasCompensationError, match="unknown keys"):
+        BaseQuantizeConfig(bias_compensation={"position": 1})
+
+
+def test_without_enable_the_flag_is_an_error():
+    with pytest.raises(TypeError, match="bias_compensation"):
+        BaseQuantizeConfig(bias_compensation=True)

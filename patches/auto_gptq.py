@@ -1,0 +1,111 @@
+"""AutoGPTQ: ``BaseQuantizeConfig(bias_compensation=...)``, ``quantize``, ``from_quantized``."""
+
+from __future__ import annotations
+
+import json
+from contextvars import ContextVar
+from pathlib import Path
+
+from bc_plugin.checkpoint import read_entry
+from bc_plugin.loading import read_compensation
+from bc_plugin.names import KEY
+from bc_plugin.patching import Patch, Toolkit, argument
+from bc_plugin.quantization import CompensatedQuantization, flag_of, set_flag
+
+# Functions deep inside a run find what belongs to it here.
+_quantizing: ContextVar[CompensatedQuantization | None] = ContextVar("quantizing", default=None)
+_files: ContextVar[list[Path] | None] = ContextVar("files", default=None)
+
+
+def _config_init(wrapped, config, args, kwargs):
+    flag = kwargs.pop(KEY, None)
+    wrapped(*args, **kwargs)
+    set_flag(config, flag)
+
+
+def _config_to_dict(wrapped, config, args, kwargs):
+    settings = wrapped(*args, **kwargs)
+    if hasattr(config, KEY):
+        settings[KEY] = getattr(config, KEY)
+    return settings
+
+
+def _quantize(wrapped, gptq, args, kwargs):
+    if KEY in kwargs:
+        vars(gptq.quantize_config).pop(KEY, None)
+        set_flag(gptq.quantize_config, kwargs.pop(KEY))
+    config = flag_of(gptq.quantize_config)
+    if config is None:
+        return wrapped(*args, **kwargs)
+    run = CompensatedQuantization(gptq.model, config)
+    token = _quantizing.set(run)
+    try:
+        result = wrapped(*args, **kwargs)
+    finally:
+        _quantizing.reset(token)
+    set_flag(gptq.quantize_config, run.finish(gptq.model).entry())
+    return result
+
+
+def _prepare_examples(wrapped, gptq, args, kwargs):
+    batches = wrapped(*args, **kwargs)
+    run = _quantizing.get()
+    if run is not None:
+        run.start(batches)
+    return batches
+
+
+def _from_quantized(wrapped, cls, args, kwargs):
+    token = _files.set(None)
+    try:
+        gptq = wrapped(*args, **kwargs)
+    finally:
+        _files.reset(token)
+    # Saving it again writes what its own config says.
+    entry = getattr(gptq.model.config, "quantization_config", {}).get(KEY)
+    if entry is not None:
+        set_flag(gptq.quantize_config, entry)
+    return gptq
+
+
+def _get_checkpoints(wrapped, instance, args, kwargs):
+    sharded, file, basename = wrapped(*args, **kwargs)
+    files = [Path(file)]
+    if sharded:
+        names = json.loads(files[0].read_text())["weight_map"].values()
+        files = [files[0].parent / name for name in sorted(set(names))]
+    _files.set(files)
+    return sharded, file, basename
+
+
+def _post_init(wrapped, instance, args, kwargs):
+    files = _files.get()
+    if files is None:
+        return wrapped(*args, **kwargs)
+    compensation = read_compensation(read_entry(files[0].parent), files)
+    if compensation is None:
+        return wrapped(*args, **kwargs)
+    # Before the kernels' initialisation, which may repack the weights the digest is taken of.
+    compensation.check(argument("model", 0, args, kwargs))
+    model = wrapped(*args, **kwargs)
+    compensation.attach_unchecked(model)
+    return model
+
+
+BASE = "auto_gptq.modeling._base"
+MODEL = f"{BASE}:BaseGPTQForCausalLM"
+CONFIG = f"{BASE}:BaseQuantizeConfig"
+AUTO_GPTQ = Toolkit(
+    name="auto_gptq",
+    distribution="auto-gptq",
+    versions="==0.7.1",
+    patches=(
+        Patch(f"{CONFIG}.__init__", _config_init, ("bits", "group_size")),
+        Patch(f"{CONFIG}.to_dict", _config_to_dict),
+        Patch(f"{MODEL}.quantize", _quantize, ("examples", "batch_size")),
+        Patch(f"{MODEL}._prepare_examples_for_quantization", _prepare_examples, ("examples",)),
+        Patch(f"{MODEL}.from_quantized", _from_quantized, ("model_name_or_path",)),
+        Patch(f"{BASE}:get_checkpoints", _get_checkpoints, ("model_name_or_path",)),
+        Patch(f"{BASE}:autogptq_post_init", _post_init, ("model",)),
+    ),
+)
