@@ -1,11 +1,14 @@
 # Everything runs in a virtual environment of the project's own.
 PYTHON ?= python3
 VENV ?= .venv
+LEGACY ?= .venv-legacy
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint benchmark clean
+.PHONY: setup setup-legacy demo test test-current test-legacy lint benchmark clean
 
 setup: $(VENV)/.ready
+
+setup-legacy: $(LEGACY)/.ready
 
 # torch first, so that nothing pulls a CUDA build; gptqmodel builds against what is installed.
 $(VENV)/.ready: pyproject.toml integration/requirements.txt
@@ -17,10 +20,27 @@ $(VENV)/.ready: pyproject.toml integration/requirements.txt
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
+# AutoGPTQ's own: setuptools before 81 has what its build imports; no CUDA kernels are built.
+$(LEGACY)/.ready: pyproject.toml integration/requirements-legacy.txt
+	$(PYTHON) -m venv $(LEGACY)
+	$(LEGACY)/bin/pip install --quiet --upgrade pip "setuptools<81" wheel
+	$(LEGACY)/bin/pip install --quiet torch==2.13.0
+	$(LEGACY)/bin/pip install --quiet --requirement integration/requirements-legacy.txt
+	BUILD_CUDA_EXT=0 $(LEGACY)/bin/pip install --quiet --no-build-isolation auto-gptq==0.7.1
+	$(LEGACY)/bin/pip install --quiet --no-deps --requirement integration/requirements-data.txt
+	$(LEGACY)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
 demo: setup
 	$(BIN)/python integration/demo.py
 
-test: setup
+# The legacy environment goes first: it leaves checkpoints that the current one loads.
+test: test-legacy test-current
+
+test-legacy: setup-legacy
+	$(LEGACY)/bin/python -m pytest integration
+
+test-current: setup
 	$(BIN)/python -m pytest
 
 lint: setup
@@ -31,4 +51,4 @@ benchmark: setup
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/speed.py
 
 clean:
-	rm -rf $(VENV) .cache
+	rm -rf $(VENV) $(LEGACY) .cache

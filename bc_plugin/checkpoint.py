@@ -25,15 +25,20 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
-def read_entry(folder: str | Path) -> dict[str, Any] | None:
-    """The ``bias_compensation`` entry of a checkpoint's config, wherever its toolkit keeps that."""
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """The quantization settings of a checkpoint, wherever its toolkit keeps them."""
     for name, section in (("config.json", "quantization_config"), ("quantize_config.json", None)):
         path = Path(folder) / name
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         settings = settings.get(section) if section else settings
-        if settings and KEY in settings:
-            return settings[KEY]
-    return None
+        if settings:
+            return settings
+    return {}
+
+
+def read_entry(folder: str | Path) -> dict[str, Any] | None:
+    """The ``bias_compensation`` entry of a checkpoint, None when it has none."""
+    return read_settings(folder).get(KEY)
 
 
 def read_vectors(files: Iterable[str | Path]) -> dict[str, Tensor]:

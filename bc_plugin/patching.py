@@ -44,14 +44,14 @@ class Toolkit:
     Attributes:
         name: What ``enable`` calls it.
         distribution: Its name on the package index.
-        versions: The versions its patches were written for and tested with.
+        versions: Ranges of versions its patches were written for and tested with.
         patches: What to wrap.
         needs: Toolkits that have to be patched along with it.
     """
 
     name: str
     distribution: str
-    versions: str
+    versions: tuple[str, ...]
     patches: tuple[Patch, ...]
     needs: tuple[str, ...] = ()
 
@@ -65,11 +65,14 @@ class Toolkit:
 
     def check_version(self) -> None:
         """Refuse a version that the patches were not written for."""
-        works = f"{self.distribution}{self.versions}"
-        advice = f'bias compensation works with {works}: pip install "{works}"'
+        works = " or ".join(f'"{self.distribution}{range_}"' for range_ in self.versions)
+        advice = f"bias compensation works with {works} (pip install one of them)"
         if self.version is None:
             raise BiasCompensationError(f"{self.distribution} is not installed; {advice}.")
-        if not SpecifierSet(self.versions).contains(self.version, prereleases=True):
+        if not any(
+            SpecifierSet(range_).contains(self.version, prereleases=True)
+            for range_ in self.versions
+        ):
             raise BiasCompensationError(
                 f"{self.distribution} {self.version} is not supported; {advice}, or enable other "
                 "toolkits by name."

@@ -56,3 +56,24 @@ def auto_gptq_on_cpu():
         mock.patch.object(model, "quantize", quantize(vars(model)["quantize"])),
     ):
         yield
+
+
+@contextmanager
+def optimum_with_auto_gptq_on_cpu():
+    """While this lasts, Optimum 2.0 quantizes on the CPU with AutoGPTQ.
+
+    It also wants ``cache_block_outputs=False`` (for the same [0] as above).
+    """
+    from optimum.gptq import quantizer
+
+    move = torch.nn.Module.to
+
+    def to(self, *args, **kwargs):
+        return self if args == (0,) else move(self, *args, **kwargs)
+
+    with (
+        mock.patch.object(quantizer, "nested_move_to", lambda value, device: value),
+        mock.patch.object(torch.nn.Module, "to", to),
+        mock.patch("torch.cuda.synchronize", lambda *a: None),
+    ):
+        yield

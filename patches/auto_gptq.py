@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from contextvars import ContextVar
+from dataclasses import fields
 from pathlib import Path
 
-from bc_plugin.checkpoint import read_entry
+from bc_plugin.checkpoint import read_settings
+from bc_plugin.errors import BiasCompensationError
 from bc_plugin.loading import read_compensation
 from bc_plugin.names import KEY
 from bc_plugin.patching import Patch, Toolkit, argument
@@ -21,6 +23,15 @@ def _config_init(wrapped, config, args, kwargs):
     flag = kwargs.pop(KEY, None)
     wrapped(*args, **kwargs)
     set_flag(config, flag)
+
+
+def _config_from_pretrained(wrapped, cls, args, kwargs):
+    settings = read_settings(argument("save_dir", 0, args, kwargs))
+    if KEY not in settings:
+        return wrapped(*args, **kwargs)
+    # AutoGPTQ looks for its own file only, which transformers does not write.
+    known = {field.name for field in fields(cls)} | {KEY}
+    return cls(**{name: value for name, value in settings.items() if name in known})
 
 
 def _config_to_dict(wrapped, config, args, kwargs):
@@ -82,9 +93,15 @@ def _post_init(wrapped, instance, args, kwargs):
     files = _files.get()
     if files is None:
         return wrapped(*args, **kwargs)
-    compensation = read_compensation(read_entry(files[0].parent), files)
+    settings = read_settings(files[0].parent)
+    compensation = read_compensation(settings.get(KEY), files)
     if compensation is None:
         return wrapped(*args, **kwargs)
+    if "gptq_v2" in (settings.get("format"), settings.get("checkpoint_format")):
+        raise BiasCompensationError(
+            f"{files[0].parent} is in the format gptq_v2, whose zero points AutoGPTQ misreads; "
+            "load it with transformers and gptqmodel, or quantize with AutoGPTQ."
+        )
     # Before the kernels' initialisation, which may repack the weights the digest is taken of.
     compensation.check(argument("model", 0, args, kwargs))
     model = wrapped(*args, **kwargs)
@@ -98,9 +115,10 @@ CONFIG = f"{BASE}:BaseQuantizeConfig"
 AUTO_GPTQ = Toolkit(
     name="auto_gptq",
     distribution="auto-gptq",
-    versions="==0.7.1",
+    versions=("==0.7.1",),
     patches=(
         Patch(f"{CONFIG}.__init__", _config_init, ("bits", "group_size")),
+        Patch(f"{CONFIG}.from_pretrained", _config_from_pretrained, ("save_dir",)),
         Patch(f"{CONFIG}.to_dict", _config_to_dict),
         Patch(f"{MODEL}.quantize", _quantize, ("examples", "batch_size")),
         Patch(f"{MODEL}._prepare_examples_for_quantization", _prepare_examples, ("examples",)),

@@ -46,7 +46,7 @@ def _prepare_dataset(wrapped, instance, args, kwargs):
 def _save(wrapped, quantizer, args, kwargs):
     model = argument("model", 0, args, kwargs)
     config = getattr(model.config, "quantization_config", None)
-    converts = quantizer.sym and quantizer.format == "gptq_v2"
+    converts = quantizer.sym and getattr(quantizer, "format", None) == "gptq_v2"
     if converts and is_entry(getattr(quantizer, KEY, None)) and isinstance(config, dict):
         # Optimum writes the zero points of a symmetric model in the older format, and leaves the
         # newer one's name in config.json, so that loaders would misread them.
@@ -78,7 +78,7 @@ MODULE = "optimum.gptq.quantizer"
 OPTIMUM = Toolkit(
     name="optimum",
     distribution="optimum",
-    versions=">=2.3,<2.4",
+    versions=("==2.0.*", ">=2.3,<2.4"),
     needs=("transformers",),  # else GPTQConfig would swallow the flag without a word
     patches=(
         Patch(f"{MODULE}:GPTQQuantizer.__init__", _init, ("bits", "kwargs")),

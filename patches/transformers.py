@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 from bc_plugin.errors import BiasCompensationError
 from bc_plugin.loading import fit_to, read_compensation
 from bc_plugin.names import KEY
 from bc_plugin.patching import Patch, Toolkit, argument
 from bc_plugin.quantization import flag_of, set_flag
+
+# The files of the checkpoint that from_pretrained is about to read.
+_files: ContextVar[tuple[str, ...]] = ContextVar("files", default=())
 
 
 def _config_init(wrapped, config, args, kwargs):
@@ -24,18 +29,31 @@ def _merge_configs(wrapped, instance, args, kwargs):
     return wrapped(*args, **kwargs)
 
 
+def _resolve_files(wrapped, instance, args, kwargs):
+    files, metadata = wrapped(*args, **kwargs)
+    _files.set(tuple(files or ()))
+    return files, metadata
+
+
+def _expect(model, pattern):
+    """Keep transformers from reporting tensors as unexpected that are read here."""
+    import transformers
+
+    kind = list if transformers.__version__.startswith("4.") else set
+    patterns = {*(model._keys_to_ignore_on_load_unexpected or ()), pattern}
+    model._keys_to_ignore_on_load_unexpected = kind(patterns)
+
+
 def _before_loading(wrapped, quantizer, args, kwargs):
     model = argument("model", 0, args, kwargs)
     result = wrapped(*args, **kwargs)
     quantizer.compensation = None
     if quantizer.pre_quantized:
         entry = getattr(quantizer.quantization_config, KEY, None)
-        files = kwargs.get("checkpoint_files") or ()
-        compensation = read_compensation(entry, files)
+        compensation = read_compensation(entry, _files.get())
         if compensation is not None:
             quantizer.compensation = fit_to(compensation, model)
-            known = set(model._keys_to_ignore_on_load_unexpected or ())
-            model._keys_to_ignore_on_load_unexpected = known | {rf"\.{KEY}$"}
+            _expect(model, rf"\.{KEY}$")
     elif flag_of(quantizer.quantization_config) is not None:
         toolkit = getattr(quantizer, "optimum_quantizer", None)
         if flag_of(toolkit) is None:
@@ -63,7 +81,7 @@ BASE = "transformers.quantizers.base:HfQuantizer"
 TRANSFORMERS = Toolkit(
     name="transformers",
     distribution="transformers",
-    versions=">=5.16,<5.24",
+    versions=("==4.57.*", ">=5.16,<5.24"),
     needs=("optimum",),
     patches=(
         Patch(
@@ -74,6 +92,7 @@ TRANSFORMERS = Toolkit(
             _merge_configs,
             ("quantization_config", "quantization_config_from_args"),
         ),
+        Patch("transformers.modeling_utils:_get_resolved_checkpoint_files", _resolve_files),
         Patch(f"{BASE}.preprocess_model", _before_loading, ("model", "kwargs")),
         Patch(f"{BASE}.postprocess_model", _after_loading, ("model",)),
     ),

@@ -42,7 +42,7 @@ def toolkits(monkeypatch):
     monkeypatch.setitem(sys.modules, "made_for_tests", module)
     known = {}
 
-    def add(name, distribution="torch", versions=">=1", targets=NAMES, parameters=(), needs=()):
+    def add(name, distribution="torch", versions=(">=1",), targets=NAMES, parameters=(), needs=()):
         patches = tuple(Patch(f"made_for_tests:Class.{t}", _negated, parameters) for t in targets)
         known[name] = Toolkit(name, distribution, versions, patches, needs)
 
@@ -99,7 +99,7 @@ def test_toolkits_that_are_not_installed_are_passed_over(toolkits):
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"versions": "<0.1"}, r"torch .* is not supported; .* works with torch<0\.1"),
+        ({"versions": ("<0.1", "==0.2")}, r"is not supported; .*\"torch<0\.1\" or \"torch==0\.2\""),
         ({"targets": ("vanished",)}, r"has no made_for_tests:Class\.vanished"),
         ({"parameters": ("values",)}, r"has no parameter \['values'\]"),
     ],
