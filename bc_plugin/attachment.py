@@ -35,43 +35,63 @@ class AttachedSite:
         mergeable = kernel_adds_bias(module, vectors, dtype)
         module.register_buffer(VECTOR, vectors)
         self.merged = MergedBias(module, dtype) if mergeable else None
-        self.handle = None
+        self.forward = None
         if self.merged is None or tracker.positions > 0:
-            # Before other hooks, so that recorders of hidden states see the compensated output.
-            adder = VectorAdder(tracker, shared_is_merged=self.merged is not None)
-            self.handle = module.register_forward_hook(adder, prepend=True)
+            self.forward = CompensatedForward(module, tracker, self.merged is not None)
 
     def detach(self) -> None:
         """Put the module back as it was."""
-        if self.handle is not None:
-            self.handle.remove()
+        if self.forward is not None:
+            self.forward.undo()
         if self.merged is not None:
             self.merged.undo(self.module)
         delattr(self.module, VECTOR)
 
 
-class VectorAdder:
-    """Forward hook that adds to each token's output its row of the module's vectors."""
+class CompensatedForward:
+    """A module's forward, with each token's row of the module's vectors added to the output.
 
-    def __init__(self, tracker: PositionTracker, shared_is_merged: bool) -> None:
+    In place of ``module.forward`` rather than as a hook: hooks take PyTorch's slow path, which
+    costs more than the addition when single tokens are decoded, and run in an order of their own.
+    """
+
+    def __init__(self, module: nn.Module, tracker: PositionTracker, shared_is_merged: bool) -> None:
+        self.module = module
         self.tracker = tracker
         self.shared_is_merged = shared_is_merged
+        self.replaced = vars(module).get("forward")  # accelerate puts one there, too
+        self.plain = module.forward
+        self.undone = False
+        module.forward = self.run
 
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output, compensated."""
+        output = self.plain(*args, **kwargs)
         rows = self.tracker.rows
-        if rows is None and self.shared_is_merged:
-            return None
-        hidden = output[0] if isinstance(output, tuple) else output
-        vectors = getattr(module, VECTOR).to(hidden.device)
+        if (rows is None and self.shared_is_merged) or self.undone:
+            return output
+        if isinstance(output, tuple):
+            return (self._add(output[0], rows), *output[1:])
+        return self._add(output, rows)
+
+    def _add(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
+        vectors = getattr(self.module, VECTOR).to(hidden.device)
         if rows is None:
-            hidden = hidden + vectors[-1].to(hidden.dtype)
+            return (hidden + vectors[-1]).to(hidden.dtype)
+        if self.shared_is_merged:
+            wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+            vectors = wide - wide[-1]
+        rows = rows.to(hidden.device).reshape(hidden.shape[:-1])
+        return hidden + vectors.to(hidden.dtype)[rows]
+
+    def undo(self) -> None:
+        """Give the module its own forward back."""
+        if vars(self.module).get("forward") != self.run:
+            self.undone = True  # something else has wrapped it since and holds on to it
+        elif self.replaced is None:
+            del self.module.forward
         else:
-            if self.shared_is_merged:
-                wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-                vectors = wide - wide[-1]
-            rows = rows.to(hidden.device).reshape(hidden.shape[:-1])
-            hidden = hidden + vectors.to(hidden.dtype)[rows]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+            self.module.forward = self.replaced
 
 
 class MergedBias:
