@@ -57,12 +57,16 @@ def compensate(
             "the quantized model is compensated already; detach its compensation first."
         )
     start = time.perf_counter()
-    training = quantized_model.training
+    models = [m for m in (quantized_model, float_model) if isinstance(m, nn.Module)]
+    training = [model.training for model in models]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
-            compensation = _Pass(quantized_model.eval(), float_model, calibration, config).run()
+            for model in models:
+                model.eval()
+            compensation = _Pass(quantized_model, float_model, calibration, config).run()
         finally:
-            quantized_model.train(training)
+            for model, mode in zip(models, training, strict=True):
+                model.train(mode)
     compensation.seconds = time.perf_counter() - start
     return compensation
 
@@ -76,7 +80,8 @@ def prepare_stream(
         The calls, and the number of leading positions with a vector of their own.
 
     Raises:
-        BiasCompensationError: the data is empty, all padding, or too short for the positions.
+        BiasCompensationError: the data is empty, all padding, or too short for the positions, or
+            there is too little of it to hold some out where that is needed.
     """
     items = spread(list(calibration), config.max_tokens)
     fitted, apart = split_held_out(items, config.held_out)
@@ -87,6 +92,10 @@ def prepare_stream(
         raise BiasCompensationError(
             f"the longest calibration sequence has {longest} tokens; positions={config.positions} "
             f"needs more than {config.positions}, so that later tokens have a mean too."
+        )
+    if config.keep_only_if_better and not apart:
+        raise BiasCompensationError(
+            "keep_only_if_better needs at least two calibration sequences, one to be held out."
         )
     if apart:
         for calls in record_calls(model, blocks, rebatch(apart, config.batch_tokens), device):
@@ -149,7 +158,11 @@ class _Pass:
 
     def run(self) -> Compensation:
         for position, name in enumerate(tqdm(self.blocks.names, desc="Compensating blocks")):
-            self._compensate_block(position, name)
+            try:
+                self._compensate_block(position, name)
+            finally:
+                while self.attached:
+                    self.attached.pop().detach()
         if not self.changed:
             raise BiasCompensationError(
                 "there is nothing to compensate: the linears of both models are the same. Pass the "
@@ -173,8 +186,6 @@ class _Pass:
             outputs = self._run_float(position, name, reference, quantized, linears, device)
         if "block" in self.config.sites and changed:
             self._run_quantized(position, name, quantized, outputs)
-        while self.attached:
-            self.attached.pop().detach()
         for batch, output in zip(self.stream, outputs, strict=True):
             batch.hidden = output
 

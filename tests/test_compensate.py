@@ -131,6 +131,23 @@ def test_keep_only_if_better_drops_what_does_not_help_held_out_tokens():
         assert errors.held_out_after <= errors.held_out_before
 
 
+def test_keep_only_if_better_needs_something_to_hold_out():
+    model = tiny_model()
+    with pytest.raises(BiasCompensationError, match="at least two calibration sequences"):
+        bc_plugin.compensate(
+            crudely_quantized(model), model, token_batches(1), {"keep_only_if_better": True}
+        )
+
+
+def test_dropout_of_a_float_model_in_training_mode_does_not_disturb():
+    model = tiny_model("opt", dropout=0.5)
+    quantized = crudely_quantized(model)
+    expected = bc_plugin.compensate(quantized, model, token_batches())
+    found = bc_plugin.compensate(quantized, model.train(), token_batches())
+    assert model.training
+    assert all(torch.equal(found.vectors[name], v) for name, v in expected.vectors.items())
+
+
 def test_all_positions_have_a_row_each_and_one_for_later_ones():
     model = tiny_model()
     compensation = bc_plugin.compensate(
