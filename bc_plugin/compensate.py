@@ -23,7 +23,7 @@ from .names import VECTOR
 from .positions import PositionTracker, vector_rows
 from .statistics import ShiftStatistics
 from .stream import BlockCalls, copy_of, record_calls
-from .structure import Blocks, device_of, find_blocks, linear_sites
+from .structure import Blocks, device_of, dtype_of, find_blocks, linear_sites
 
 
 def compensate(
@@ -142,7 +142,7 @@ class _Pass:
     ) -> None:
         self.model, self.config = model, config
         self.blocks = find_blocks(model, config.blocks)
-        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self.dtype = dtype_of(model)
         live = isinstance(float_model, nn.Module)
         self.source = LiveBlocks(float_model, self.blocks) if live else float_model
         # The float model's stream starts in front of the first block, which quantizers leave alone.
@@ -260,7 +260,8 @@ class _Pass:
             tqdm.write(f"{name}: dropped, its held-out error would rise")
             return
         self.vectors[name], self.errors[name] = vectors, errors
-        self.attached.append(AttachedSite(module, vectors, self.tracker, self.dtype))
+        if site.kind == "linear":  # nothing follows the block that would need its own in place
+            self.attached.append(AttachedSite(module, vectors, self.tracker, self.dtype))
 
     def _check_finite(self, output: Tensor, name: str, which: str) -> None:
         if not bool(torch.isfinite(output).all()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .digest import weights_digest
 from .errors import BiasCompensationError
 from .names import KEY, VECTOR, collapse, expand
 from .positions import PositionTracker
-from .structure import device_of, find_blocks
+from .structure import device_of, dtype_of, find_blocks
 
 FORMAT_VERSION = 1
 FILE = "bias_compensation.safetensors"
@@ -98,7 +98,7 @@ class Compensation:
         """``attach`` for a loader that has called ``check`` before its kernels repacked weights."""
         if hasattr(model, "_bias_compensation"):
             raise BiasCompensationError("the model is compensated already; detach that first.")
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        dtype = dtype_of(model)
         tracker = PositionTracker(self.positions)
         blocks = find_blocks(model, self.blocks)
         first = model.get_submodule(blocks.names[0])
@@ -280,13 +280,9 @@ class Compensation:
         return [
             {
                 "site": name,
-                "kind": self.errors[name].kind,
                 "shape": tuple(vectors.shape),
                 "bytes": vectors.nbytes,
-                "before": self.errors[name].before,
-                "after": self.errors[name].after,
-                "held_out_before": self.errors[name].held_out_before,
-                "held_out_after": self.errors[name].held_out_after,
+                **asdict(self.errors[name]),
             }
             for name, vectors in self.vectors.items()
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -42,8 +43,12 @@ def flag_of(config: Any) -> BiasCompensationConfig | None:
     return None if is_entry(value) else BiasCompensationConfig.parse(value)
 
 
+# Functions deep inside a toolkit's run find what belongs to it here.
+_running: ContextVar[CompensatedQuantization | None] = ContextVar("running", default=None)
+
+
 class CompensatedQuantization:
-    """Bias compensation around one run of a toolkit's quantization.
+    """Bias compensation around one run of a toolkit's quantization, a context manager.
 
     Args:
         model: The float model, about to be overwritten.
@@ -55,6 +60,13 @@ class CompensatedQuantization:
         self.blocks = find_blocks(model, config.blocks)
         self.calibration: list[dict[str, Any]] | None = None
         self.float_blocks: BlockSnapshot | None = None
+
+    def __enter__(self) -> CompensatedQuantization:
+        self._token = _running.set(self)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        _running.reset(self._token)
 
     def start(self, calibration: Sequence[Mapping[str, Any]]) -> None:
         """Check the calibration data and keep the float weights, before anything is quantized."""
@@ -83,3 +95,12 @@ class CompensatedQuantization:
         compensation = compensate(quantized, self.float_blocks, self.calibration, self.config)
         compensation.attach(quantized)
         return compensation
+
+
+def calibration_is_ready(wrapped, instance, args, kwargs):
+    """Wrapper for the function that prepares a toolkit's calibration data: a run starts with it."""
+    batches = wrapped(*args, **kwargs)
+    run = _running.get()
+    if run is not None:
+        run.start(batches)
+    return batches

@@ -96,6 +96,11 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.detach(), b.detach().to(a.device, a.dtype))
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The type ``model`` computes in: that of its first floating parameter."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where ``module`` computes, also when accelerate keeps its weights elsewhere."""
     for child in module.modules():

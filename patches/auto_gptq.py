@@ -12,10 +12,9 @@ from bc_plugin.errors import BiasCompensationError
 from bc_plugin.loading import read_compensation
 from bc_plugin.names import KEY
 from bc_plugin.patching import Patch, Toolkit, argument
-from bc_plugin.quantization import CompensatedQuantization, flag_of, set_flag
+from bc_plugin.quantization import CompensatedQuantization, calibration_is_ready, flag_of, set_flag
 
-# Functions deep inside a run find what belongs to it here.
-_quantizing: ContextVar[CompensatedQuantization | None] = ContextVar("quantizing", default=None)
+# The files of the checkpoint that from_quantized is reading.
 _files: ContextVar[list[Path] | None] = ContextVar("files", default=None)
 
 
@@ -48,22 +47,10 @@ def _quantize(wrapped, gptq, args, kwargs):
     config = flag_of(gptq.quantize_config)
     if config is None:
         return wrapped(*args, **kwargs)
-    run = CompensatedQuantization(gptq.model, config)
-    token = _quantizing.set(run)
-    try:
+    with CompensatedQuantization(gptq.model, config) as run:
         result = wrapped(*args, **kwargs)
-    finally:
-        _quantizing.reset(token)
     set_flag(gptq.quantize_config, run.finish(gptq.model).entry())
     return result
-
-
-def _prepare_examples(wrapped, gptq, args, kwargs):
-    batches = wrapped(*args, **kwargs)
-    run = _quantizing.get()
-    if run is not None:
-        run.start(batches)
-    return batches
 
 
 def _from_quantized(wrapped, cls, args, kwargs):
@@ -121,7 +108,7 @@ AUTO_GPTQ = Toolkit(
         Patch(f"{CONFIG}.from_pretrained", _config_from_pretrained, ("save_dir",)),
         Patch(f"{CONFIG}.to_dict", _config_to_dict),
         Patch(f"{MODEL}.quantize", _quantize, ("examples", "batch_size")),
-        Patch(f"{MODEL}._prepare_examples_for_quantization", _prepare_examples, ("examples",)),
+        Patch(f"{MODEL}._prepare_examples_for_quantization", calibration_is_ready, ("examples",)),
         Patch(f"{MODEL}.from_quantized", _from_quantized, ("model_name_or_path",)),
         Patch(f"{BASE}:get_checkpoints", _get_checkpoints, ("model_name_or_path",)),
         Patch(f"{BASE}:autogptq_post_init", _post_init, ("model",)),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from pathlib import Path
 
 from bc_plugin.loading import load_if_any
 from bc_plugin.names import KEY
 from bc_plugin.patching import Patch, Toolkit, argument
-from bc_plugin.quantization import CompensatedQuantization, flag_of, is_entry, set_flag
-
-# prepare_dataset is a function of the module: it finds the run it belongs to here.
-_quantizing: ContextVar[CompensatedQuantization | None] = ContextVar("quantizing", default=None)
+from bc_plugin.quantization import (
+    CompensatedQuantization,
+    calibration_is_ready,
+    flag_of,
+    is_entry,
+    set_flag,
+)
 
 
 def _init(wrapped, quantizer, args, kwargs):
@@ -25,22 +27,10 @@ def _quantize_model(wrapped, quantizer, args, kwargs):
     config = flag_of(quantizer)
     if config is None:
         return wrapped(*args, **kwargs)
-    run = CompensatedQuantization(argument("model", 0, args, kwargs), config)
-    token = _quantizing.set(run)
-    try:
+    with CompensatedQuantization(argument("model", 0, args, kwargs), config) as run:
         model = wrapped(*args, **kwargs)
-    finally:
-        _quantizing.reset(token)
     set_flag(quantizer, run.finish(model).entry())
     return model
-
-
-def _prepare_dataset(wrapped, instance, args, kwargs):
-    batches = wrapped(*args, **kwargs)
-    run = _quantizing.get()
-    if run is not None:
-        run.start(batches)
-    return batches
 
 
 def _save(wrapped, quantizer, args, kwargs):
@@ -83,7 +73,7 @@ OPTIMUM = Toolkit(
     patches=(
         Patch(f"{MODULE}:GPTQQuantizer.__init__", _init, ("bits", "kwargs")),
         Patch(f"{MODULE}:GPTQQuantizer.quantize_model", _quantize_model, ("model", "tokenizer")),
-        Patch(f"{MODULE}:prepare_dataset", _prepare_dataset, ("examples",)),
+        Patch(f"{MODULE}:prepare_dataset", calibration_is_ready, ("examples",)),
         Patch(f"{MODULE}:GPTQQuantizer.save", _save, ("model", "save_dir")),
         Patch(f"{MODULE}:load_checkpoint_and_dispatch", _load_checkpoint, ("checkpoint",)),
         Patch(f"{MODULE}:GPTQQuantizer.post_init_model", _post_init_model, ("model",)),
