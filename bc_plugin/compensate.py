@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,16 @@ from .errors import BiasCompensationError
 from .float_blocks import BlockSnapshot, LiveBlocks
 from .names import VECTOR
 from .positions import PositionTracker, vector_rows
+from .rescaling import Rescaling
 from .statistics import ShiftStatistics
 from .stream import BlockCalls, copy_of, record_calls
-from .structure import Blocks, device_of, dtype_of, find_blocks, linear_sites
+from .structure import Blocks, device_of, dtype_of, find_blocks, linear_sites, others_changed
+
+RESCALED = (
+    "the quantized model's norms are not the float model's: scales were moved within its blocks, "
+    "as AWQ does, and outputs of single linears may be rescaled. Only outputs of blocks were "
+    "compensated. Quantize with bias_compensation=True in the toolkit to compensate linears, too."
+)
 
 
 def compensate(
@@ -31,6 +39,9 @@ def compensate(
     float_model: nn.Module | BlockSnapshot,
     calibration: Iterable[Any],
     config: BiasCompensationConfig | dict | bool = True,
+    *,
+    rescalings: Mapping[str, Rescaling] | None = None,
+    as_loaded: Callable[[nn.Module], nn.Module] = copy_of,
 ) -> Compensation:
     """Compute the vectors that take the mean shift out of a quantized model.
 
@@ -43,6 +54,9 @@ def compensate(
         float_model: A model with the same modules' names, or a snapshot of its blocks.
         calibration: Model inputs: dicts of tensors (or single tensors) with the batch first.
         config: Settings, as in a toolkit's ``bias_compensation`` keyword.
+        rescalings: For blocks of the quantized model, the scales that AWQ moved within them.
+            Without that record only the blocks' outputs of such a model are compensated.
+        as_loaded: Makes of a quantized block the copy that is run.
 
     Returns:
         The vectors and the error of each site before and after.
@@ -63,7 +77,10 @@ def compensate(
         try:
             for model in models:
                 model.eval()
-            compensation = _Pass(quantized_model, float_model, calibration, config).run()
+            work = _Pass(
+                quantized_model, float_model, calibration, config, rescalings or {}, as_loaded
+            )
+            compensation = work.run()
         finally:
             for model, mode in zip(models, training, strict=True):
                 model.train(mode)
@@ -139,8 +156,11 @@ class _Pass:
         float_model: nn.Module | BlockSnapshot,
         calibration: Iterable[Any],
         config: BiasCompensationConfig,
+        rescalings: Mapping[str, Rescaling],
+        as_loaded: Callable[[nn.Module], nn.Module],
     ) -> None:
         self.model, self.config = model, config
+        self.rescalings, self.as_loaded = rescalings, as_loaded
         self.blocks = find_blocks(model, config.blocks)
         self.dtype = dtype_of(model)
         live = isinstance(float_model, nn.Module)
@@ -155,6 +175,7 @@ class _Pass:
         self.errors: dict[str, SiteErrors] = {}
         self.attached: list[AttachedSite] = []
         self.changed = False
+        self.rescaled = False
 
     def run(self) -> Compensation:
         for position, name in enumerate(tqdm(self.blocks.names, desc="Compensating blocks")):
@@ -168,6 +189,8 @@ class _Pass:
                 "there is nothing to compensate: the linears of both models are the same. Pass the "
                 "quantized model first, then the float model it came from."
             )
+        if self.rescaled and "linear" in self.config.sites:
+            warnings.warn(RESCALED, stacklevel=4)
         return Compensation(
             vectors=self.vectors,
             errors=self.errors,
@@ -177,17 +200,30 @@ class _Pass:
         )
 
     def _compensate_block(self, position: int, name: str) -> None:
-        quantized = copy_of(self.model.get_submodule(name))
+        quantized = self.as_loaded(self.model.get_submodule(name))
         device = device_of(quantized)
         with self.source.load(name, device) as reference:
             changed = linear_sites(reference, quantized)
-            linears = changed if "linear" in self.config.sites else []
+            linears = self._comparable(name, changed, reference, quantized)
             self.changed |= bool(changed)
             outputs = self._run_float(position, name, reference, quantized, linears, device)
         if "block" in self.config.sites and changed:
             self._run_quantized(position, name, quantized, outputs)
         for batch, output in zip(self.stream, outputs, strict=True):
             batch.hidden = output
+
+    def _comparable(
+        self, name: str, changed: list[str], reference: nn.Module, quantized: nn.Module
+    ) -> list[str]:
+        """The linears whose output stands for that of the float linear."""
+        if "linear" not in self.config.sites:
+            return []
+        if name in self.rescalings:
+            return [path for path in changed if path not in self.rescalings[name].outputs]
+        if others_changed(reference, quantized):
+            self.rescaled = True
+            return []
+        return changed
 
     def _run_float(
         self,
@@ -200,13 +236,14 @@ class _Pass:
     ) -> list[Tensor]:
         """Run the float block; each float linear's input also goes through the quantized one."""
         sites = {linear: self._site("linear") for linear in linears}
+        rescaling = self.rescalings.get(name, Rescaling())
         current: BlockCalls | None = None
 
         def measure(linear: str):
             module = quantized.get_submodule(linear)
 
             def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
-                shifted = module(args[0].to(self.dtype))
+                shifted = module(rescaling.input_of(linear, args[0]).to(self.dtype))
                 sites[linear].update(current, self.positions, output, shifted)
 
             return hook

@@ -52,9 +52,11 @@ class Compensation:
         positions: Number of leading positions with a vector of their own.
         blocks: Path of the list of blocks.
         digest: Of the quantized weights that the vectors belong to.
+        joint: Whether the quantizer knew that they would follow, and minimised what they leave.
         seconds: How long computing them took; None when they were loaded.
     """
 
+    joint: bool = False
     seconds: float | None = None
 
     def __init__(
@@ -190,6 +192,7 @@ class Compensation:
             "positions": self.positions,
             "blocks": self.blocks,
             "sites": sites,
+            "joint": self.joint,
             "digest": self.digest,
             "errors": errors,
         }
@@ -238,7 +241,10 @@ class Compensation:
                 f"the checkpoint has {unknown[0]}.{VECTOR}, which its quantization config does not "
                 "announce; the two do not belong together."
             )
-        return cls({name: tensors[name] for name in kinds}, errors, positions, blocks, digest)
+        vectors = {name: tensors[name] for name in kinds}
+        compensation = cls(vectors, errors, positions, blocks, digest)
+        compensation.joint = entry.get("joint", False)
+        return compensation
 
     def save(self, folder: str | Path) -> Path:
         """Write the vectors alone, to ``bias_compensation.safetensors`` in ``folder``.

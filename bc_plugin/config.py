@@ -23,6 +23,9 @@ class BiasCompensationConfig:
             the setting of Gong et al. (arXiv 2404.01892) for language models.
         sites: ``"linear"`` (outputs of quantized linears), ``"block"`` (outputs of transformer
             blocks) or both. Linears come first; blocks are measured with those in place.
+        joint: Let the toolkit's GPTQ know that a bias will follow: it minimises the error that is
+            left once the mean is taken out. Only where linears are compensated, and where the
+            toolkit quantizes with plain GPTQ; otherwise it changes nothing.
         blocks: Dotted path of the ``ModuleList`` of blocks, e.g. ``"model.layers"``. Found when
             not given.
         held_out: Share of the calibration sequences kept apart to measure the error on tokens
@@ -40,6 +43,7 @@ class BiasCompensationConfig:
 
     positions: int | Literal["all"] = 1
     sites: tuple[str, ...] = SITES
+    joint: bool = True
     blocks: str | None = None
     held_out: float = 0.125
     keep_only_if_better: bool = False

@@ -49,10 +49,12 @@ def fit_to(compensation: Compensation, model: nn.Module) -> Compensation:
     names = {name for name, _ in model.named_modules()}
     if compensation.blocks in names or not compensation.blocks.startswith(prefix):
         return compensation
-    return Compensation(
+    fitted = Compensation(
         {name.removeprefix(prefix): v for name, v in compensation.vectors.items()},
         {name.removeprefix(prefix): e for name, e in compensation.errors.items()},
         compensation.positions,
         compensation.blocks.removeprefix(prefix),
         compensation.digest,
     )
+    fitted.joint = compensation.joint
+    return fitted

@@ -46,7 +46,7 @@ class Toolkit:
         distribution: Its name on the package index.
         versions: Ranges of versions its patches were written for and tested with.
         patches: What to wrap.
-        needs: Toolkits that have to be patched along with it.
+        needs: Toolkits that have to be patched along with it, where they are installed.
     """
 
     name: str
@@ -149,7 +149,9 @@ def enable(*names: str) -> tuple[str, ...]:
             f"no toolkit is installed that can be patched; known are {sorted(known)}."
         )
     for name in tuple(wanted):
-        wanted += [other for other in known[name].needs if other not in wanted]
+        wanted += [
+            other for other in known[name].needs if other not in wanted and known[other].version
+        ]
     ready = {}
     for name in wanted:
         if name not in _applied:

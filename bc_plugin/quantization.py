@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,8 +14,10 @@ from .compensation import Compensation
 from .config import BiasCompensationConfig
 from .errors import BiasCompensationError
 from .float_blocks import BlockSnapshot
+from .joint import JointGPTQ
 from .names import KEY
-from .stream import call_model
+from .rescaling import RECORD, Rescaling
+from .stream import call_model, copy_of
 from .structure import device_of, find_blocks
 
 
@@ -60,6 +62,8 @@ class CompensatedQuantization:
         self.blocks = find_blocks(model, config.blocks)
         self.calibration: list[dict[str, Any]] | None = None
         self.float_blocks: BlockSnapshot | None = None
+        self.joint: JointGPTQ | None = None
+        self.rescalings: dict[str, Rescaling] = {}
 
     def __enter__(self) -> CompensatedQuantization:
         self._token = _running.set(self)
@@ -67,32 +71,61 @@ class CompensatedQuantization:
 
     def __exit__(self, *exception: Any) -> None:
         _running.reset(self._token)
+        self._leave_model()
+
+    def _leave_model(self) -> None:
+        if self.joint is not None:
+            self.joint.stop()
+        for name in self.rescalings:
+            vars(self.model.get_submodule(name)).pop(RECORD, None)
 
     def start(self, calibration: Sequence[Mapping[str, Any]]) -> None:
         """Check the calibration data and keep the float weights, before anything is quantized."""
         self.calibration = [dict(batch) for batch in calibration]
-        self._check()
+        positions = self._check()
         self.float_blocks = BlockSnapshot(self.model, self.blocks)
+        if self.config.joint and "linear" in self.config.sites:
+            self.joint = JointGPTQ(self.model, self.blocks, positions)
+        for name in self.blocks.names:
+            self.rescalings[name] = Rescaling()
+            setattr(self.model.get_submodule(name), RECORD, self.rescalings[name])
 
     @torch.no_grad()
-    def _check(self) -> None:
-        """Find out in seconds what would otherwise fail after hours."""
-        prepare_stream(self.model, self.blocks, self.calibration, self.config)
+    def _check(self) -> int:
+        """Find out in seconds what would otherwise fail after hours; returns the positions."""
+        _, positions = prepare_stream(self.model, self.blocks, self.calibration, self.config)
         logits = call_model(self.model, self.calibration[0], device_of(self.model))[0]
         if not bool(torch.isfinite(logits).all()):
             raise BiasCompensationError(
                 "the float model's output on the first calibration sequence is not finite (type "
                 f"{logits.dtype}); load it in bfloat16 or float32 before quantizing."
             )
+        return positions
 
-    def finish(self, quantized: nn.Module) -> Compensation:
-        """Compute the compensation and attach it."""
+    def finish(
+        self, quantized: nn.Module, as_loaded: Callable[[nn.Module], nn.Module] = copy_of
+    ) -> Compensation:
+        """Compute the compensation and attach it.
+
+        Args:
+            as_loaded: Makes of a block a copy that computes what the block will compute once it
+                was saved and loaded.
+        """
         if self.calibration is None or self.float_blocks is None:
             raise BiasCompensationError(
                 "the toolkit quantized the model without preparing calibration data; bias "
                 "compensation needs it. Compensate afterwards with bc_plugin.compensate."
             )
-        compensation = compensate(quantized, self.float_blocks, self.calibration, self.config)
+        self._leave_model()
+        compensation = compensate(
+            quantized,
+            self.float_blocks,
+            self.calibration,
+            self.config,
+            rescalings=self.rescalings,
+            as_loaded=as_loaded,
+        )
+        compensation.joint = self.joint is not None and self.joint.quantized > 0
         compensation.attach(quantized)
         return compensation
 
@@ -101,6 +134,6 @@ def calibration_is_ready(wrapped, instance, args, kwargs):
     """Wrapper for the function that prepares a toolkit's calibration data: a run starts with it."""
     batches = wrapped(*args, **kwargs)
     run = _running.get()
-    if run is not None:
+    if run is not None and run.calibration is None:
         run.start(batches)
     return batches

@@ -67,6 +67,11 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def linears_of(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The linears of a float block, with their paths within it."""
+    return [(name, module) for name, module in block.named_modules() if _is_linear(module)]
+
+
 def linear_sites(float_block: nn.Module, quantized_block: nn.Module) -> list[str]:
     """Paths, within the block, of the linears that quantization changed.
 
@@ -74,9 +79,7 @@ def linear_sites(float_block: nn.Module, quantized_block: nn.Module) -> list[str
         BiasCompensationError: a linear of the float block is missing in the quantized one.
     """
     sites = []
-    for name, module in float_block.named_modules():
-        if not _is_linear(module):
-            continue
+    for name, module in linears_of(float_block):
         try:
             other = quantized_block.get_submodule(name)
         except AttributeError as error:
@@ -88,6 +91,22 @@ def linear_sites(float_block: nn.Module, quantized_block: nn.Module) -> list[str
             continue
         sites.append(name)
     return sites
+
+
+def others_changed(float_block: nn.Module, quantized_block: nn.Module) -> bool:
+    """Whether anything but linears differs by more than the rounding of half precision."""
+    linears = tuple(f"{name}." for name, _ in linears_of(float_block))
+    kept = dict(quantized_block.named_parameters()) | dict(quantized_block.named_buffers())
+    for name, tensor in float_block.named_parameters():
+        if name.startswith(linears) or tensor.is_meta:
+            continue
+        other = kept.get(name)
+        if other is None or other.shape != tensor.shape:
+            return True
+        apart = (other.detach().to(tensor) - tensor.detach()).abs().max()
+        if apart > 0.01 * tensor.detach().abs().max():
+            return True
+    return False
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

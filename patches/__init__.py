@@ -1,7 +1,8 @@
 """The toolkits that can be patched: one short file each, all of one shape."""
 
 from .auto_gptq import AUTO_GPTQ
+from .gptqmodel import GPTQMODEL
 from .optimum import OPTIMUM
 from .transformers import TRANSFORMERS
 
-TOOLKITS = (OPTIMUM, TRANSFORMERS, AUTO_GPTQ)
+TOOLKITS = (OPTIMUM, TRANSFORMERS, AUTO_GPTQ, GPTQMODEL)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bc_plugin.checkpoint import read_settings
 from bc_plugin.errors import BiasCompensationError
+from bc_plugin.joint import centred_inputs, weight_of
 from bc_plugin.loading import read_compensation
 from bc_plugin.names import KEY
 from bc_plugin.patching import Patch, Toolkit, argument
@@ -50,6 +51,26 @@ def _quantize(wrapped, gptq, args, kwargs):
     with CompensatedQuantization(gptq.model, config) as run:
         result = wrapped(*args, **kwargs)
     set_flag(gptq.quantize_config, run.finish(gptq.model).entry())
+    return result
+
+
+def _add_batch(wrapped, gptq, args, kwargs):
+    inputs = centred_inputs(gptq.layer)
+    if inputs is None:
+        return wrapped(*args, **kwargs)
+    return wrapped(
+        inputs.centre(argument("inp", 0, args, kwargs)), argument("out", 1, args, kwargs)
+    )
+
+
+def _fasterquant(wrapped, gptq, args, kwargs):
+    inputs = centred_inputs(gptq.layer)
+    if inputs is None:
+        return wrapped(*args, **kwargs)
+    weight = weight_of(gptq.layer)
+    inputs.finish(gptq.H, gptq.nsamples)
+    result = wrapped(*args, **kwargs)
+    inputs.follow(gptq.layer, weight, weight_of(gptq.layer))
     return result
 
 
@@ -99,6 +120,7 @@ def _post_init(wrapped, instance, args, kwargs):
 BASE = "auto_gptq.modeling._base"
 MODEL = f"{BASE}:BaseGPTQForCausalLM"
 CONFIG = f"{BASE}:BaseQuantizeConfig"
+GPTQ = "auto_gptq.quantization.gptq:GPTQ"
 AUTO_GPTQ = Toolkit(
     name="auto_gptq",
     distribution="auto-gptq",
@@ -109,6 +131,8 @@ AUTO_GPTQ = Toolkit(
         Patch(f"{CONFIG}.to_dict", _config_to_dict),
         Patch(f"{MODEL}.quantize", _quantize, ("examples", "batch_size")),
         Patch(f"{MODEL}._prepare_examples_for_quantization", calibration_is_ready, ("examples",)),
+        Patch(f"{GPTQ}.add_batch", _add_batch, ("inp", "out")),
+        Patch(f"{GPTQ}.fasterquant", _fasterquant),
         Patch(f"{MODEL}.from_quantized", _from_quantized, ("model_name_or_path",)),
         Patch(f"{BASE}:get_checkpoints", _get_checkpoints, ("model_name_or_path",)),
         Patch(f"{BASE}:autogptq_post_init", _post_init, ("model",)),

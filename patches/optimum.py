@@ -69,7 +69,8 @@ OPTIMUM = Toolkit(
     name="optimum",
     distribution="optimum",
     versions=("==2.0.*", ">=2.3,<2.4"),
-    needs=("transformers",),  # else GPTQConfig would swallow the flag without a word
+    # Else GPTQConfig would swallow the flag without a word; and the GPTQ objects are theirs.
+    needs=("transformers", "gptqmodel", "auto_gptq"),
     patches=(
         Patch(f"{MODULE}:GPTQQuantizer.__init__", _init, ("bits", "kwargs")),
         Patch(f"{MODULE}:GPTQQuantizer.quantize_model", _quantize_model, ("model", "tokenizer")),

@@ -81,7 +81,8 @@ def test_enabling_twice_wraps_once(toolkits):
 
 
 def test_a_toolkit_brings_along_what_it_needs(toolkits):
-    toolkits("one", targets=("method",), needs=("two",))
+    toolkits("one", targets=("method",), needs=("two", "absent"))
+    toolkits("absent", distribution="no-such-distribution")
     toolkits("two", targets=("double",))
     toolkits("three", targets=("build",))
     assert set(enable("one")) == {"one", "two"}

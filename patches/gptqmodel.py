@@ -1,0 +1,216 @@
+"""GPTQModel: ``QuantizeConfig(bias_compensation=...)``, ``quantize``, ``save``, ``load``.
+
+Optimum quantizes with its GPTQ object, too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bc_plugin.checkpoint import read_settings
+from bc_plugin.compensation import Compensation
+from bc_plugin.config import BiasCompensationConfig
+from bc_plugin.errors import BiasCompensationError
+from bc_plugin.joint import centred_inputs, weight_of
+from bc_plugin.loading import load_if_any
+from bc_plugin.names import KEY
+from bc_plugin.patching import Patch, Toolkit, argument
+from bc_plugin.quantization import (
+    CompensatedQuantization,
+    calibration_is_ready,
+    flag_of,
+    is_entry,
+    set_flag,
+)
+from bc_plugin.rescaling import record
+from bc_plugin.saving import plain_vectors, put_vectors, take_vectors
+from bc_plugin.stream import copy_of
+
+# The GPTQ object
+
+
+def _inputs(gptq):
+    # Its subclasses (GPTAQ, FOEM) minimise something else.
+    return centred_inputs(gptq.module) if type(gptq).__name__ == "GPTQ" else None
+
+
+def _add_batch(wrapped, gptq, args, kwargs):
+    inputs = _inputs(gptq)
+    if inputs is None:
+        return wrapped(*args, **kwargs)
+    centred = inputs.centre(argument("inp", 0, args, kwargs))
+    return wrapped(centred, *args[1:], **{k: v for k, v in kwargs.items() if k != "inp"})
+
+
+def _adopt_hessian(wrapped, gptq, args, kwargs):
+    wrapped(*args, **kwargs)
+    inputs, leader = _inputs(gptq), argument("leader", 0, args, kwargs)
+    if inputs is not None and leader is not gptq:
+        inputs.adopt(_inputs(leader))
+
+
+def _finalize_hessian(wrapped, gptq, args, kwargs):
+    hessian = wrapped(*args, **kwargs)
+    inputs = _inputs(gptq)
+    if inputs is not None and not inputs.finished and inputs.estimate is not None:
+        inputs.finish(hessian, gptq.nsamples)
+    return hessian
+
+
+def _gptq_quantize(wrapped, gptq, args, kwargs):
+    inputs = _inputs(gptq)
+    if inputs is None:
+        return wrapped(*args, **kwargs)
+    weight = weight_of(gptq.module)
+    result = wrapped(*args, **kwargs)
+    if inputs.finished:  # else it fell back to rounding, for want of calibration data
+        inputs.follow(gptq.module, weight, result[0])
+    return result
+
+
+# Quantizing
+
+
+def _make_config(wrapped, cls, args, kwargs):
+    flag = kwargs.pop(KEY, None)
+    # The pass needs the float weights, and the quantized ones, in one process.
+    if not is_entry(flag) and BiasCompensationConfig.parse(flag) is not None:
+        kwargs.setdefault("offload_to_disk", False)
+    config = wrapped(*args, **kwargs)
+    set_flag(config, flag)
+    return config
+
+
+def _config_to_dict(wrapped, config, args, kwargs):
+    settings = wrapped(*args, **kwargs)
+    if hasattr(config, KEY):
+        settings[KEY] = getattr(config, KEY)
+    return settings
+
+
+def _quantize(wrapped, qmodel, args, kwargs):
+    settings = qmodel.quantize_config
+    if KEY in kwargs:
+        vars(settings).pop(KEY, None)
+        set_flag(settings, kwargs.pop(KEY))
+    config = flag_of(settings)
+    if config is None:
+        return wrapped(*args, **kwargs)
+    if settings.method not in ("gptq", "awq"):
+        raise BiasCompensationError(
+            f"bias_compensation was asked for, but GPTQModel's method {settings.method} cannot "
+            "honour it; quantize with GPTQ or AWQ, or compensate the loaded result with "
+            "bc_plugin.compensate."
+        )
+    if settings.offload_to_disk:
+        raise BiasCompensationError(
+            "bias_compensation needs the float weights in memory; pass offload_to_disk=False to "
+            "QuantizeConfig (the default where bias_compensation is given to it)."
+        )
+    with CompensatedQuantization(qmodel.model, config) as run:
+        result = wrapped(*args, **kwargs)
+    set_flag(settings, run.finish(qmodel.model, lambda block: _as_loaded(block, qmodel)).entry())
+    return result
+
+
+def _as_loaded(block, qmodel):
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format
+
+    settings, block = qmodel.quantize_config, copy_of(block)
+    if settings.format == "gptq":
+        # As its loader does. Until then the kernels of the model in memory misread zero points.
+        convert_gptq_v1_to_v2_format(block, settings, qmodel.qlinear_kernel)
+    return block.to(settings.device.type)
+
+
+def _apply_scale(wrapped, instance, args, kwargs):
+    record(argument("module", 0, args, kwargs), argument("scales_list", 1, args, kwargs))
+    return wrapped(*args, **kwargs)
+
+
+# Saving and loading
+
+
+def _save_quantized(wrapped, qmodel, args, kwargs):
+    model = qmodel.model
+    with plain_vectors(model) as compensation:
+        result = wrapped(*args, **kwargs)
+    if compensation is not None and qmodel.model is not model:  # it has loaded itself anew
+        take_vectors(compensation, qmodel.model)
+        compensation.attach_unchecked(qmodel.model)
+    return result
+
+
+def _model_to_save(wrapped, qmodel, args, kwargs):
+    model = wrapped(*args, **kwargs)
+    entry = getattr(qmodel.quantize_config, KEY, None)
+    if is_entry(entry):
+        put_vectors(load_if_any(qmodel.model_local_path), model)
+    return model
+
+
+def _from_quantized(wrapped, cls, args, kwargs):
+    qmodel = wrapped(*args, **kwargs)
+    entry = read_settings(qmodel.model_local_path).get(KEY)
+    if entry is None:
+        return qmodel
+    if Compensation.attached_to(qmodel.model) is None:
+        raise BiasCompensationError(
+            f"{qmodel.model_local_path} is compensated, but this backend of GPTQModel loads "
+            "weights in a way of its own; choose another backend, or load with transformers."
+        )
+    set_flag(qmodel.quantize_config, entry)
+    return qmodel
+
+
+def _load_checkpoint(wrapped, instance, args, kwargs):
+    result = wrapped(*args, **kwargs)
+    model = argument("model", 0, args, kwargs)
+    checkpoint = Path(argument("checkpoint", 1, args, kwargs))
+    compensation = load_if_any(checkpoint if checkpoint.is_dir() else checkpoint.parent)
+    if compensation is not None:
+        # Before the kernels' initialisation, which may repack the weights the digest is taken of.
+        compensation.check(model)
+        model._compensation_to_attach = compensation
+    return result
+
+
+def _post_init(wrapped, instance, args, kwargs):
+    model = wrapped(*args, **kwargs)
+    if hasattr(model, "_compensation_to_attach"):
+        model._compensation_to_attach.attach_unchecked(model)
+        del model._compensation_to_attach
+    return model
+
+
+CONFIG = "gptqmodel.quantization.config"
+GPTQ = "gptqmodel.quantization.gptq:GPTQ"
+MODEL = "gptqmodel.models.base:BaseQModel"
+LOADER = "gptqmodel.models.loader"
+GPTQMODEL = Toolkit(
+    name="gptqmodel",
+    distribution="gptqmodel",
+    versions=(">=7.4,<7.7",),
+    patches=(
+        Patch(f"{GPTQ}.add_batch", _add_batch, ("inp", "out")),
+        Patch(f"{GPTQ}.adopt_hessian_from", _adopt_hessian, ("leader",)),
+        Patch(f"{GPTQ}.finalize_hessian", _finalize_hessian),
+        Patch(f"{GPTQ}.quantize", _gptq_quantize),
+        Patch(f"{CONFIG}:QuantizeConfigMeta.__call__", _make_config, ("kwargs",)),
+        Patch(f"{CONFIG}:BaseQuantizeConfig.to_dict", _config_to_dict),
+        Patch(f"{MODEL}.quantize", _quantize, ("calibration",)),
+        Patch(f"{MODEL}.prepare_dataset", calibration_is_ready, ("calibration_dataset",)),
+        Patch(
+            "gptqmodel.looper.awq_processor:apply_scale", _apply_scale, ("module", "scales_list")
+        ),
+        Patch(f"{MODEL}.save_quantized", _save_quantized, ("save_dir",)),
+        Patch(f"{MODEL}.get_model_with_quantize", _model_to_save, ("model_id_or_path",)),
+        Patch(f"{MODEL}.from_quantized", _from_quantized, ("model_id_or_path",)),
+        Patch(
+            f"{LOADER}:load_checkpoint_in_model_then_tie_weights",
+            _load_checkpoint,
+            ("model", "kwargs"),
+        ),
+        Patch(f"{LOADER}:gptqmodel_post_init", _post_init, ("model",)),
+    ),
+)
