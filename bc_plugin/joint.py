@@ -27,11 +27,12 @@ class JointGPTQ:
     Args:
         model: The float model, about to be quantized.
         blocks: Where its blocks are.
-        positions: Number of leading positions with a bias of their own.
+        positions: Number of leading positions that the pass will set apart; here, the first one
+            at most, since a mean of its own for each would leave little to be minimised.
     """
 
     def __init__(self, model: nn.Module, blocks: Blocks, positions: int) -> None:
-        self.tracker = PositionTracker(positions)
+        self.tracker = PositionTracker(min(positions, 1))
         self.quantized = 0
         self.handles: list[Any] = []
         self.weights: list[nn.Parameter] = []
@@ -45,10 +46,10 @@ class JointGPTQ:
                 self.weights.append(linear.weight)
 
     def _observe(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        arguments = call_arguments(block, args, kwargs)
         if args:
-            kwargs = {"hidden_states": args[0], **kwargs}
-            args = ()
-        self.tracker.observe(token_index(call_arguments(block, args, kwargs)))
+            arguments["hidden_states"] = args[0]
+        self.tracker.observe(token_index(arguments))
 
     def add_bias(self, linear: nn.Module, bias: Tensor) -> None:
         """Show a quantized linear's bias, (positions + 1, features), to the layers that follow."""
@@ -72,8 +73,9 @@ class CentredInputs:
     """The mean of one linear's inputs, and the inputs without it.
 
     A first estimate of the mean is taken out of every batch before the toolkit squares it, and the
-    small rest out of the Hessian in the end: the mean of an attention sink is so much larger than
-    everything else that float32 would lose the difference.
+    small rest out of the Hessian in the end, so that float32 does not lose the difference. The
+    inputs of leading positions stay as they are: an attention sink has nothing but a mean, and
+    weights that leave all of it to the bias gain nothing for the other tokens.
     """
 
     def __init__(self, joint: JointGPTQ, name: str) -> None:
@@ -84,31 +86,34 @@ class CentredInputs:
         self.finished = False
 
     def centre(self, inputs: Tensor) -> Tensor:
-        """``inputs``, (..., features), without the estimate of their mean."""
+        """``inputs``, (..., features), those of later positions without the estimate."""
         flat = inputs.reshape(-1, inputs.shape[-1]).double()
         positions = self.joint.tracker.positions
         rows = _rows(self.joint.tracker, inputs, self.name)
-        if self.estimate is None:
-            self.count = torch.zeros(positions + 1, dtype=torch.float64, device=flat.device)
+        if self.total is None:
             self.total = flat.new_zeros((positions + 1, flat.shape[-1]))
-            count = torch.bincount(rows, minlength=positions + 1).clamp(min=1)
-            self.estimate = self.total.index_add(0, rows, flat) / count[:, None]
-        flat -= self.estimate[rows]
+            self.count = flat.new_zeros(positions + 1)
         self.total.index_add_(0, rows, flat)
         self.count += torch.bincount(rows, minlength=positions + 1)
+        if self.estimate is None:
+            self.estimate = self.mean()[-1]
+        flat -= (rows == positions)[:, None] * self.estimate
         return flat.float().view(inputs.shape)
+
+    def mean(self) -> Tensor:
+        """The mean inputs, float64 (positions + 1, features)."""
+        return self.total / self.count.clamp(min=1)[:, None]
 
     def finish(self, hessian: Tensor, samples: int) -> None:
         """Make ``2 / samples * sum x x^T`` of the centred inputs their covariance, in place."""
-        rest = self.total / self.count.clamp(min=1).sqrt()[:, None]
+        rest = self.mean()[-1] - self.estimate
         diagonal = hessian.diagonal()
-        alive = (diagonal > 0) | (self.estimate != 0).any(0).to(hessian.device)
-        hessian -= (2 / samples * rest.T @ rest).to(hessian)
+        alive = (diagonal > 0) | (self.estimate != 0).to(hessian.device)
+        hessian -= (2 / samples * self.count[-1] * rest.outer(rest)).to(hessian)
         # A constant input has no variance, but toolkits would take its column for a dead one and
         # set its weights to zero, for inputs that are not constant elsewhere, too.
         floor = torch.finfo(hessian.dtype).eps * diagonal.mean()
         diagonal[alive] = diagonal[alive].clamp(min=floor)
-
         self.finished = True
 
     def adopt(self, other: CentredInputs) -> None:
@@ -120,8 +125,7 @@ class CentredInputs:
         shift = weight.double() - quantized.double()
         if isinstance(linear, nn.Linear):  # transformers' Conv1D has it the other way round
             shift = shift.T
-        mean = self.estimate + self.total / self.count.clamp(min=1)[:, None]
-        self.joint.add_bias(linear, (mean.to(shift) @ shift).float())
+        self.joint.add_bias(linear, (self.mean().to(shift) @ shift).float())
 
 
 def centred_inputs(linear: nn.Module) -> CentredInputs | None:

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .compensate import compensate, prepare_stream
 from .compensation import Compensation
@@ -79,9 +79,12 @@ class CompensatedQuantization:
         for name in self.rescalings:
             vars(self.model.get_submodule(name)).pop(RECORD, None)
 
-    def start(self, calibration: Sequence[Mapping[str, Any]]) -> None:
+    def start(self, calibration: Sequence[Mapping[str, Any] | Tensor]) -> None:
         """Check the calibration data and keep the float weights, before anything is quantized."""
-        self.calibration = [dict(batch) for batch in calibration]
+        self.calibration = [
+            {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+            for batch in calibration
+        ]
         positions = self._check()
         self.float_blocks = BlockSnapshot(self.model, self.blocks)
         if self.config.joint and "linear" in self.config.sites:

@@ -1,0 +1,118 @@
+"""AutoAWQ: ``quantize(quant_config={..., "bias_compensation": ...})``, ``from_quantized``."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from pathlib import Path
+
+from bc_plugin.config import BiasCompensationConfig
+from bc_plugin.errors import BiasCompensationError
+from bc_plugin.loading import load_if_any
+from bc_plugin.names import KEY
+from bc_plugin.patching import Patch, Toolkit, argument
+from bc_plugin.quantization import (
+    CompensatedQuantization,
+    calibration_is_ready,
+    is_entry,
+    set_flag,
+)
+from bc_plugin.rescaling import record
+
+# Quantizing
+
+
+def _config_from_dict(wrapped, cls, args, kwargs):
+    settings = dict(argument("quant_config", 0, args, kwargs))
+    flag = settings.pop(KEY, None)
+    config = wrapped(settings)
+    set_flag(config, flag)
+    return config
+
+
+def _config_to_transformers(wrapped, config, args, kwargs):
+    settings = wrapped(*args, **kwargs)
+    if is_entry(getattr(config, KEY, None)):
+        settings[KEY] = getattr(config, KEY)
+    return settings
+
+
+def _quantize(wrapped, awq, args, kwargs):
+    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    config = BiasCompensationConfig.parse(given.get("quant_config", {}).get(KEY))
+    if config is None:
+        return wrapped(*args, **kwargs)
+    if given.get("export_compatible"):
+        raise BiasCompensationError(
+            "export_compatible=True leaves the weights unquantized, so there is nothing to "
+            "compensate; quantize without it, or without bias_compensation."
+        )
+    with CompensatedQuantization(awq.model, config) as run:
+        result = wrapped(*args, **kwargs)
+    set_flag(awq.quant_config, run.finish(awq.model).entry())
+    return result
+
+
+def _apply_scale(wrapped, instance, args, kwargs):
+    record(argument("module", 0, args, kwargs), argument("scales_list", 1, args, kwargs))
+    return wrapped(*args, **kwargs)
+
+
+# Loading
+
+
+def _from_quantized(wrapped, cls, args, kwargs):
+    from transformers import AutoConfig
+
+    given = inspect.signature(wrapped).bind(*args, **kwargs)
+    trusted = given.arguments.get("trust_remote_code", True)
+    config = AutoConfig.from_pretrained(given.arguments["model_path"], trust_remote_code=trusted)
+    entry = (getattr(config, "quantization_config", None) or {}).get(KEY)
+    if entry is None:
+        return wrapped(*args, **kwargs)
+    if given.arguments.get("fuse_layers", True):
+        warnings.warn(
+            "AutoAWQ's fused layers cannot carry bias compensation, so this model is loaded "
+            "without them; pass fuse_layers=False to load it without this warning.",
+            stacklevel=2,
+        )
+        given.arguments["fuse_layers"] = False
+    awq = wrapped(*given.args, **given.kwargs)
+    awq.model._compensation_to_attach.attach_unchecked(awq.model)
+    del awq.model._compensation_to_attach
+    set_flag(awq.quant_config, entry)
+    return awq
+
+
+def _load_checkpoint(wrapped, instance, args, kwargs):
+    model = wrapped(*args, **kwargs)
+    checkpoint = Path(argument("checkpoint", 1, args, kwargs))
+    compensation = load_if_any(checkpoint if checkpoint.is_dir() else checkpoint.parent)
+    if compensation is not None:
+        # Before the kernels' initialisation, which may repack the weights the digest is taken of.
+        compensation.check(model)
+        model._compensation_to_attach = compensation
+    return model
+
+
+CONFIG = "awq.models._config:AwqConfig"
+MODEL = "awq.models.base:BaseAWQForCausalLM"
+QUANTIZER = "awq.quantize.quantizer"
+AUTOAWQ = Toolkit(
+    name="autoawq",
+    distribution="autoawq",
+    versions=("==0.2.9",),
+    patches=(
+        Patch(f"{CONFIG}.from_dict", _config_from_dict, ("quant_config",)),
+        Patch(f"{CONFIG}.to_transformers_dict", _config_to_transformers),
+        Patch(f"{MODEL}.quantize", _quantize, ("quant_config", "export_compatible")),
+        Patch(f"{QUANTIZER}:get_calib_dataset", calibration_is_ready, ("data",)),
+        Patch(f"{QUANTIZER}:apply_scale", _apply_scale, ("module", "scales_list")),
+        Patch(f"{MODEL}.from_quantized", _from_quantized, ("model_path", "fuse_layers")),
+        Patch(
+            "awq.models.base:load_checkpoint_and_dispatch",
+            _load_checkpoint,
+            ("model", "checkpoint"),
+        ),
+    ),
+)
