@@ -218,12 +218,11 @@ class _Pass:
         """The linears whose output stands for that of the float linear."""
         if "linear" not in self.config.sites:
             return []
-        if name in self.rescalings:
-            return [path for path in changed if path not in self.rescalings[name].outputs]
-        if others_changed(reference, quantized):
+        rescaling = self.rescalings.get(name, Rescaling())
+        if not rescaling.inputs and others_changed(reference, quantized):
             self.rescaled = True
             return []
-        return changed
+        return [path for path in changed if path not in rescaling.outputs]
 
     def _run_float(
         self,

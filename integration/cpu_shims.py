@@ -1,4 +1,4 @@
-"""What AutoGPTQ 0.7.1 needs to quantize without a GPU. For tests only."""
+"""What AutoGPTQ 0.7.1 and AutoAWQ 0.2.9 need to run without a GPU. For tests only."""
 
 from __future__ import annotations
 
@@ -75,5 +75,19 @@ def optimum_with_auto_gptq_on_cpu():
         mock.patch.object(quantizer, "nested_move_to", lambda value, device: value),
         mock.patch.object(torch.nn.Module, "to", to),
         mock.patch("torch.cuda.synchronize", lambda *a: None),
+    ):
+        yield
+
+
+@contextmanager
+def autoawq_on_cpu():
+    """While this lasts, AutoAWQ takes the CPU for its first GPU, and PyTorch for its kernels."""
+    from awq.models import base
+    from awq.modules.linear import gemm
+
+    with (
+        # Its loader would demand a package for the CPU otherwise.
+        mock.patch.object(base, "get_best_device", lambda: "cuda:0"),
+        mock.patch.object(gemm, "TRITON_AVAILABLE", False),
     ):
         yield

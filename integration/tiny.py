@@ -9,19 +9,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 VOCABULARY = 128
 SHAPES = {
     "llama": {
-        "hidden_size": 64,
-        "intermediate_size": 96,
+        "hidden_size": 128,
+        "intermediate_size": 192,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
     },
     "opt": {
-        "hidden_size": 64,
-        "ffn_dim": 96,
+        "hidden_size": 128,
+        "ffn_dim": 192,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "word_embed_proj_dim": 64,
+        "word_embed_proj_dim": 128,
         "max_position_embeddings": 64,
     },
 }

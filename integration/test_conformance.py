@@ -1,0 +1,176 @@
+"""What every toolkit has to do alike. Each runs in the environment that has it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import logits, sequences, tiny_checkpoint, tiny_tokenizer
+from toolkits import TOOLKITS, model_of
+
+import bc_plugin
+from bc_plugin import BiasCompensationError, Compensation, patching
+from bc_plugin.checkpoint import SUFFIX
+
+FLAG = {"positions": 1, "held_out": 0.25}
+NAME = "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture(scope="module", params=TOOLKITS)
+def toolkit(request):
+    found = TOOLKITS[request.param]
+    if not found.installed:
+        pytest.skip(f"{found.name} is not in this environment")
+    with found.on_cpu():
+        yield found
+
+
+@pytest.fixture(scope="module")
+def source(toolkit, tmp_path_factory):
+    """A float model."""
+    folder = tmp_path_factory.mktemp("float")
+    tiny_tokenizer().save_pretrained(folder)
+    return tiny_checkpoint(folder, dtype=toolkit.dtype)
+
+
+def _quantize(toolkit, source, flag, **changes):
+    settings = {"bits": 4, "group_size": 32, **toolkit.settings, **changes}
+    return toolkit.quantize(source, sequences(), flag, settings)
+
+
+@pytest.fixture(scope="module")
+def saved(toolkit, source, tmp_path_factory):
+    """A compensated checkpoint, its vectors, and the logits before saving."""
+    folder = tmp_path_factory.mktemp("saved") / "out"
+    bc_plugin.enable()
+    try:
+        result = _quantize(toolkit, source, FLAG)
+        compensation = Compensation.attached_to(model_of(result))
+        toolkit.save(result, folder)
+        before = logits(model_of(result))  # after saving: some kernels repack their weights
+    finally:
+        bc_plugin.disable()
+    return folder, compensation, before
+
+
+def _tensors(folder):
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def test_the_option_adds_vectors_and_changes_nothing_else(toolkit, source, tmp_path, enabled):
+    plain = _quantize(toolkit, source, None)
+    assert Compensation.attached_to(model_of(plain)) is None
+    toolkit.save(plain, tmp_path / "plain")
+    compensated = _quantize(toolkit, source, {**FLAG, "joint": False})
+    toolkit.save(compensated, tmp_path / "compensated")
+    compensation = Compensation.attached_to(model_of(compensated))
+    assert not compensation.joint
+    assert all(e.after <= e.before for e in compensation.errors.values())
+    ours, theirs = _tensors(tmp_path / "compensated"), _tensors(tmp_path / "plain")
+    assert set(ours) - set(theirs) == {name + SUFFIX for name in compensation.vectors}
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_new_process_loads_it_compensated(toolkit, saved, enabled):
+    folder, compensation, before = saved
+    here = toolkit.load(folder)
+    assert Compensation.attached_to(here).digest == compensation.digest
+    expected = logits(here)
+    if toolkit.exact:
+        torch.testing.assert_close(expected, before, rtol=1e-4, atol=1e-4)
+    program = (
+        "import sys, torch, bc_plugin; bc_plugin.enable()\n"
+        "from tiny import logits; from toolkits import TOOLKITS\n"
+        "toolkit = TOOLKITS[sys.argv[1]]\n"
+        "with toolkit.on_cpu(): torch.save(logits(toolkit.load(sys.argv[2])), sys.argv[3])"
+    )
+    result = folder.parent / "logits.pt"
+    command = [sys.executable, "-c", program, toolkit.name, folder, result]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent)
+    torch.testing.assert_close(torch.load(result), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_vectors_matter_and_the_plain_model_loads_without_the_plugin(toolkit, saved):
+    folder, _, _ = saved
+    bc_plugin.enable()
+    compensated = logits(toolkit.load(folder))
+    bc_plugin.disable()
+    assert Compensation.attached_to(toolkit.load(folder)) is None
+    plain = logits(toolkit.load(folder))
+    assert (plain - compensated).abs().max() > 1e-2
+
+
+def test_every_config_file_carries_the_entry(toolkit, saved):
+    folder, compensation, _ = saved
+    entries = 0
+    for path in folder.glob("*config.json"):
+        settings = json.loads(path.read_text())
+        settings = settings.get("quantization_config", settings)
+        if "bits" in settings:
+            entries += 1
+            assert settings["bias_compensation"]["digest"] == compensation.digest
+    assert entries
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop(NAME + SUFFIX), f"missing, the first is {NAME}{SUFFIX}"),
+        (lambda s: s[NAME + SUFFIX].fill_(torch.nan), f"{NAME}{SUFFIX} holds NaN"),
+        (lambda s: s[NAME + ".qweight"].add_(1), "digest"),
+    ],
+    ids=["missing", "nan", "requantized"],
+)
+def test_a_checkpoint_with_something_wrong_is_refused(
+    toolkit, saved, tmp_path, enabled, change, message
+):
+    for file in saved[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (file,) = tmp_path.glob("*.safetensors")
+    state = load_file(file)
+    change(state)
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(BiasCompensationError, match=message):
+        toolkit.load(tmp_path)
+
+
+@pytest.mark.parametrize("flag", [{"position": 1}, 3, {"positions": -1}])
+def test_a_wrong_flag_is_refused(toolkit, source, enabled, flag):
+    with pytest.raises(BiasCompensationError, match="bias_compensation"):
+        _quantize(toolkit, source, flag)
+
+
+def test_useless_calibration_data_is_refused_before_quantizing(toolkit, source, enabled):
+    settings = {"bits": 4, "group_size": 32, **toolkit.settings}
+    with pytest.raises(BiasCompensationError, match=r"longest calibration sequence|positions"):
+        toolkit.quantize(source, sequences(length=24), {"positions": 24}, settings)
+
+
+def test_joint_quantization_leaves_less_to_compensate(toolkit, source, saved, enabled):
+    compensation = saved[1]
+    if not compensation.joint:
+        assert "awq" in toolkit.name
+        return
+    apart = Compensation.attached_to(model_of(_quantize(toolkit, source, {**FLAG, "joint": False})))
+    ratio = [compensation.errors[name].after / apart.errors[name].after for name in apart.vectors]
+    assert sum(ratio) / len(ratio) < 1.0
+
+
+def test_disable_leaves_no_trace(toolkit):
+    def everything():
+        return {
+            patch.target: id(vars(applied.parent).get(applied.attribute))
+            for known in patching._toolkits().values()
+            if known.version
+            for patch in known.patches
+            for applied in [patching._Applied(known, patch)]
+        }
+
+    before = everything()
+    assert bc_plugin.enable() == bc_plugin.enable()
+    assert all(everything()[target] != before[target] for target in before)
+    bc_plugin.disable()
+    assert everything() == before
