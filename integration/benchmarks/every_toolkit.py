@@ -1,0 +1,162 @@
+"""Every toolkit and method on SmolLM2-135M: without compensation, with it, and quantized jointly.
+
+    make benchmark-toolkits
+
+runs this in both environments and prints one table. ``--only NAME`` takes one toolkit,
+``--measure NAME BITS`` does the work for one part of the table, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+
+import real
+import torch
+from rich.console import Console
+from rich.table import Table
+from toolkits import TOOLKITS, model_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import bc_plugin
+from bc_plugin import Compensation
+
+FOLDER = real.CACHE / "every_toolkit"
+GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 64, 32, 512, 12
+PARTS = [(name, bits) for bits in (3, 4) for name in ("gptqmodel", "transformers", "auto_gptq")] + [
+    ("gptqmodel-awq", 4),
+    ("autoawq", 4),
+]
+
+
+class Measurement:
+    """One toolkit at one width, on the same calibration data and the same held-out tokens."""
+
+    def __init__(self, name: str, bits: int) -> None:
+        self.toolkit, self.bits = TOOLKITS[name], bits
+        self.source = real.smollm2()
+        tokenizer = AutoTokenizer.from_pretrained(self.source)
+        self.calibration = real.calibration_windows(tokenizer, LENGTH, SAMPLES)
+        self.batches = real.held_out_windows(tokenizer, LENGTH, EVALUATED)
+        self.reference = AutoModelForCausalLM.from_pretrained(
+            self.source, dtype=torch.float32
+        ).eval()
+        self.found: dict[str, dict] = {}
+
+    def run(self) -> dict[str, dict]:
+        self.evaluate("float", self.reference)
+        if "awq" in self.toolkit.name:  # the scales it moves are known only while it runs
+            for positions in (1, 0):
+                model = self.quantized({"positions": positions})
+                self.evaluate(f"BC {positions}", model)
+            Compensation.attached_to(model).detach(model)
+            self.evaluate("none", model)
+            return self.found
+        model = self.quantized(None)
+        vectors = {
+            positions: bc_plugin.compensate(
+                model, self.reference, self.calibration, {"positions": positions}
+            )
+            for positions in (1, 0)
+        }
+        for positions, compensation in vectors.items():
+            compensation.attach_unchecked(model)  # it is the model they were computed for
+            self.evaluate(f"BC {positions}", model)
+            compensation.detach(model)
+        self.evaluate("none", model)
+        for positions in (1, 0):
+            self.evaluate(f"joint {positions}", self.quantized({"positions": positions}))
+        return self.found
+
+    def quantized(self, flag):
+        """Quantized with the toolkit's option, saved, and loaded again."""
+        torch.manual_seed(0)
+        folder = FOLDER / f"{self.toolkit.name}-{self.bits}"
+        shutil.rmtree(folder, ignore_errors=True)
+        settings = {"bits": self.bits, "group_size": GROUP_SIZE, **self.toolkit.settings}
+        start = time.perf_counter()
+        result = self.toolkit.quantize(str(self.source), self.calibration, flag, settings)
+        self.seconds = time.perf_counter() - start
+        attached = Compensation.attached_to(model_of(result))
+        assert (attached is not None) == (flag is not None)
+        self.toolkit.save(result, folder)
+        return self.toolkit.load(folder)
+
+    def evaluate(self, variant: str, model) -> None:
+        reference = None if model is self.reference else self.reference
+        found = bc_plugin.evaluate(model, self.batches, reference)
+        self.found[variant] = {**found.to_dict(), "seconds": getattr(self, "seconds", 0.0)}
+
+
+def result_of(name: str, bits: int) -> Path:
+    return FOLDER / f"{name}-{bits}.json"
+
+
+def measure(name: str, bits: int) -> None:
+    bc_plugin.enable()
+    with TOOLKITS[name].on_cpu():
+        found = Measurement(name, bits).run()
+    result_of(name, bits).write_text(json.dumps(found))
+
+
+def print_table(parts) -> None:
+    table = Table("toolkit", "method", "", "perplexity", "gap closed", "KL (nats)", "KL, of none")
+    for name, bits in parts:
+        found = json.loads(result_of(name, bits).read_text())
+        method = "AWQ" if "awq" in name else "GPTQ"
+        floor, plain = found["float"]["perplexity"], found["none"]
+        for variant in ("float", "none", "BC 0", "BC 1", "joint 0", "joint 1"):
+            if variant not in found:
+                continue
+            row = found[variant]
+            compensated = variant not in ("float", "none")
+            closed = (plain["perplexity"] - row["perplexity"]) / (plain["perplexity"] - floor)
+            label, _, positions = variant.partition(" ")
+            label = {"joint": "BC + joint"}.get(label, label)
+            table.add_row(
+                name.removesuffix("-awq"),
+                f"{method} {bits} bits",
+                f"{label}, positions={positions}" if compensated else label,
+                f"{row['perplexity']:.2f}",
+                f"{closed:.0%}" if compensated else "",
+                "" if variant == "float" else f"{row['kl']:.3f}",
+                f"{row['kl'] / plain['kl']:.2f}" if compensated else "",
+            )
+        table.add_section()
+    table.title = (
+        f"SmolLM2-135M, group {GROUP_SIZE}; {plain['tokens']} tokens of held-out Wikipedia"
+    )
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", nargs=2, metavar=("NAME", "BITS"))
+    parser.add_argument("--only", choices=TOOLKITS)
+    parser.add_argument("--legacy", help="the Python of the environment that has AutoGPTQ")
+    given = parser.parse_args()
+    if given.measure:
+        measure(given.measure[0], int(given.measure[1]))
+        return
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    parts = [part for part in PARTS if given.only in (None, part[0])]
+    for name, bits in parts:
+        python = sys.executable if TOOLKITS[name].installed else given.legacy
+        if python is None:
+            parser.error(f"{name} is not in this environment; pass --legacy")
+        print(f"{name}, {bits} bits", file=sys.stderr)
+        subprocess.run([python, __file__, "--measure", name, str(bits)], check=True)
+    print_table(parts)
+
+
+if __name__ == "__main__":
+    main()
