@@ -1,20 +1,63 @@
-"""AutoGPTQ on the first 8 blocks of a real model; ``make benchmark-auto-gptq`` runs the whole."""
+"""AutoGPTQ on a real model's first 8 blocks; ``make benchmark-toolkits`` does the whole model."""
 
 import pytest
+import torch
 
 pytest.importorskip("auto_gptq", reason="needs the autogptq extra, in its own environment")
 
-import auto_gptq_run
+import real
+from toolkits import TOOLKITS, model_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bc_plugin
+from bc_plugin import Compensation
+
+BLOCKS, SAMPLES, LENGTH, EVALUATED = 8, 16, 512, 4
 
 
-def test_the_option_helps_and_survives_a_new_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(auto_gptq_run, "EVALUATED", 4)
-    monkeypatch.setattr(auto_gptq_run, "SAMPLES", 16)
-    try:
-        found = auto_gptq_run.run(tmp_path, blocks=8)
-    finally:
-        bc_plugin.disable()
-    # A model without its later blocks predicts nothing, so its perplexity says nothing either.
-    assert found["GPTQ + BC"].kl < found["GPTQ"].kl
+def _float():
+    return AutoModelForCausalLM.from_pretrained(real.smollm2(), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def shortened(tmp_path_factory):
+    """The model without its later blocks."""
+    folder = tmp_path_factory.mktemp("short")
+    model = _float()
+    model.model.layers = model.model.layers[:BLOCKS]
+    model.config.num_hidden_layers = BLOCKS
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def _completed(short):
+    """The float model with the quantized blocks of ``short`` in front, compensated if they are."""
+    compensation = Compensation.attached_to(short)
+    if compensation is not None:
+        compensation.detach(short)
+    model = _float()
+    for index, block in enumerate(short.model.layers):
+        model.model.layers[index] = block
+    if compensation is not None:
+        compensation.attach_unchecked(model)  # the digest is that of the shortened model
+    return model
+
+
+def test_the_option_closes_the_gap_and_survives_saving(shortened, tmp_path, enabled):
+    toolkit = TOOLKITS["auto_gptq"]
+    tokenizer = AutoTokenizer.from_pretrained(real.smollm2())
+    calibration = real.calibration_windows(tokenizer, LENGTH, SAMPLES)
+    batches = real.held_out_windows(tokenizer, LENGTH, EVALUATED)
+    settings = {"bits": 3, "group_size": 64, **toolkit.settings}
+    with toolkit.on_cpu():
+        plain = model_of(toolkit.quantize(shortened, calibration, None, settings))
+        result = toolkit.quantize(shortened, calibration, True, settings)
+        toolkit.save(result, tmp_path / "out")
+        loaded = toolkit.load(tmp_path / "out")
+    with torch.no_grad():
+        before, after = (model(**batches[0]).logits for model in (model_of(result), loaded))
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
+    models = (_float(), _completed(plain), _completed(loaded))
+    floor, worst, best = (bc_plugin.evaluate(model, batches).perplexity for model in models)
+    assert worst > 1.05 * floor
+    assert (worst - best) / (worst - floor) >= 0.45

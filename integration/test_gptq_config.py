@@ -2,9 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +9,6 @@ import torch
 pytest.importorskip("gptqmodel", reason="needs the gptq extra")
 
 from optimum.gptq import GPTQQuantizer, load_quantized_model
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import logits, sequences, text, tiny_checkpoint, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, GPTQConfig
@@ -75,19 +71,6 @@ def test_every_width(tmp_path, enabled, bits, sym):
     model.save_pretrained(tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(loaded), logits(model))
-
-
-def test_a_new_process_loads_it_compensated(checkpoint):
-    _, out, expected = checkpoint
-    program = (
-        "import sys, torch, bc_plugin; bc_plugin.enable()\n"
-        "from transformers import AutoModelForCausalLM; from tiny import logits\n"
-        "torch.save(logits(AutoModelForCausalLM.from_pretrained(sys.argv[1])), sys.argv[2])"
-    )
-    result = out.parent / "logits.pt"
-    here = Path(__file__).parent
-    subprocess.run([sys.executable, "-c", program, out, result], check=True, cwd=here)
-    assert torch.equal(torch.load(result), expected)
 
 
 def test_without_the_plugin_the_plain_model_loads(checkpoint):
@@ -216,17 +199,14 @@ NAME = "model.layers.0.mlp.down_proj"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tensors": lambda s: s.pop(NAME + SUFFIX)}, f"missing, the first is {NAME}{SUFFIX}"),
         (
             {"tensors": lambda s: s.update({NAME + SUFFIX: torch.zeros(2, 3)})},
             r"\(2, 3\), expected",
         ),
-        ({"tensors": lambda s: s[NAME + SUFFIX].fill_(torch.nan)}, f"{NAME}{SUFFIX} holds NaN"),
-        ({"tensors": lambda s: s[NAME + ".qweight"].add_(1)}, "digest"),
         ({"entry": lambda c: c["bias_compensation"].update(format_version=2)}, "version 2"),
         ({"entry": lambda c: c.pop("bias_compensation")}, "has no bias_compensation entry"),
     ],
-    ids=["missing", "shape", "nan", "requantized", "newer", "no-entry"],
+    ids=["shape", "newer", "no-entry"],
 )
 def test_a_checkpoint_with_something_wrong_is_refused(
     checkpoint, tmp_path, enabled, changes, message
@@ -253,26 +233,9 @@ def test_the_flag_on_a_quantized_checkpoint_is_refused(checkpoint, enabled):
         AutoModelForCausalLM.from_pretrained(out, quantization_config=_config())
 
 
-def test_a_wrong_flag_is_refused_at_once(enabled):
-    with pytest.raises(BiasCompensationError, match="unknown keys"):
-        _config(bias_compensation={"position": 1})
-
-
-@pytest.mark.parametrize(
-    ("dataset", "message"),
-    [
-        (sequences(length=1), "longest calibration sequence has 1"),
-        (
-            [{**s, "attention_mask": torch.zeros_like(s["attention_mask"])} for s in sequences()],
-            "all padding",
-        ),
-    ],
-    ids=["short", "padding"],
-)
-def test_useless_calibration_data_is_refused_before_quantizing(
-    checkpoint, tmp_path, enabled, dataset, message
-):
-    with pytest.raises(BiasCompensationError, match=message):
+def test_calibration_data_that_is_all_padding_is_refused(checkpoint, tmp_path, enabled):
+    dataset = [{**s, "attention_mask": torch.zeros_like(s["attention_mask"])} for s in sequences()]
+    with pytest.raises(BiasCompensationError, match="all padding"):
         _quantize(checkpoint[0], tmp_path, dataset=dataset)
 
 
@@ -283,26 +246,3 @@ def test_a_float_model_that_overflows_is_refused_before_quantizing(tmp_path, ena
     save_file(state, tmp_path / "float" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BiasCompensationError, match="not finite"):
         _quantize(source, tmp_path)
-
-
-def test_disable_leaves_no_trace(checkpoint):
-    from optimum.gptq import quantizer as optimum_module
-    from transformers.quantizers.auto import AutoHfQuantizer
-    from transformers.quantizers.base import HfQuantizer
-
-    import bc_plugin
-
-    owners = (GPTQQuantizer, GPTQConfig, AutoHfQuantizer, HfQuantizer, optimum_module)
-    before = [{name: id(value) for name, value in vars(owner).items()} for owner in owners]
-    assert bc_plugin.enable() == bc_plugin.enable()
-    for owner, names in zip(owners, before, strict=True):
-        assert names != {name: id(value) for name, value in vars(owner).items()}
-    bc_plugin.disable()
-    assert before == [{n: id(value) for n, value in vars(owner).items()} for owner in owners]
-    bc_plugin.disable()
-
-
-def test_vectors_are_in_the_models_own_file(checkpoint):
-    with safe_open(checkpoint[1] / "model.safetensors", "pt") as file:
-        names = file.keys()
-    assert sum(name.endswith(SUFFIX) for name in names) == 16
