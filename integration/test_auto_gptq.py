@@ -1,6 +1,8 @@
 """AutoGPTQ 0.7.1, in its own environment (``make test`` builds it)."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,6 +144,22 @@ def test_sharded_checkpoints(checkpoint, tmp_path, enabled):
         (tmp_path / name).write_text(json.dumps(settings))
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     torch.testing.assert_close(logits(_load(tmp_path).model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_push_to_hub_uploads_the_vectors(checkpoint, tmp_path, enabled, monkeypatch):
+    from auto_gptq.modeling import _base
+
+    commits = []
+    repository = SimpleNamespace(repo_id="someone/compensated")
+    monkeypatch.setattr(_base, "create_repo", lambda **_: repository)
+    monkeypatch.setattr(_base, "create_commit", lambda **given: commits.append(given))
+    model = _quantize(checkpoint[0])
+    model.push_to_hub("someone/compensated", save_dir=str(tmp_path / "out"))
+    files = {add.path_in_repo: Path(add.path_or_fileobj) for add in commits[0]["operations"]}
+    (tensors,) = (load_file(path) for name, path in files.items() if name.endswith(".safetensors"))
+    assert sum(name.endswith(SUFFIX) for name in tensors) == 16
+    for name in ("config.json", "quantize_config.json"):
+        assert "bias_compensation" in files[name].read_text()
 
 
 # What must not pass in silence

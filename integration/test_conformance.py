@@ -1,6 +1,8 @@
 """What every toolkit has to do alike. Each runs in the environment that has it."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,23 +76,33 @@ def test_the_option_adds_vectors_and_changes_nothing_else(toolkit, source, tmp_p
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_new_process_loads_it_compensated(toolkit, saved, enabled):
+def test_it_loads_compensated(toolkit, saved, enabled):
     folder, compensation, before = saved
-    here = toolkit.load(folder)
-    assert Compensation.attached_to(here).digest == compensation.digest
-    expected = logits(here)
+    model = toolkit.load(folder)
+    assert Compensation.attached_to(model).digest == compensation.digest
     if toolkit.exact:
-        torch.testing.assert_close(expected, before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_process_loads_it_by_its_name_on_the_hub(toolkit, saved, tmp_path, enabled):
+    """The hub's cache is filled by hand; nothing is downloaded."""
+    folder, _, _ = saved
+    repository = tmp_path / "hub" / "models--someone--compensated"
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
     program = (
         "import sys, torch, bc_plugin; bc_plugin.enable()\n"
         "from tiny import logits; from toolkits import TOOLKITS\n"
         "toolkit = TOOLKITS[sys.argv[1]]\n"
-        "with toolkit.on_cpu(): torch.save(logits(toolkit.load(sys.argv[2])), sys.argv[3])"
+        "with toolkit.on_cpu():\n"
+        "    torch.save(logits(toolkit.load('someone/compensated')), sys.argv[2])"
     )
-    result = folder.parent / "logits.pt"
-    command = [sys.executable, "-c", program, toolkit.name, folder, result]
-    subprocess.run(command, check=True, cwd=Path(__file__).parent)
-    torch.testing.assert_close(torch.load(result), expected, rtol=1e-5, atol=1e-5)
+    command = [sys.executable, "-c", program, toolkit.name, tmp_path / "logits.pt"]
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub")}
+    subprocess.run(command, check=True, cwd=Path(__file__).parent, env=environment)
+    expected = logits(toolkit.load(folder))
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_vectors_matter_and_the_plain_model_loads_without_the_plugin(toolkit, saved):
