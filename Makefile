@@ -4,7 +4,7 @@ VENV ?= .venv
 LEGACY ?= .venv-legacy
 BIN := $(VENV)/bin
 
-.PHONY: setup setup-legacy demo test test-current test-legacy lint benchmark benchmark-auto-gptq clean
+.PHONY: setup setup-legacy demo test test-current test-legacy lint benchmark benchmark-toolkits clean
 
 setup: $(VENV)/.ready
 
@@ -16,6 +16,7 @@ $(VENV)/.ready: pyproject.toml integration/requirements.txt
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --no-build-isolation --requirement integration/requirements.txt
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps autoawq==0.2.9 zstandard==0.25.0
 	$(BIN)/pip install --quiet --no-deps --requirement integration/requirements-data.txt
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
@@ -50,8 +51,10 @@ lint: setup
 benchmark: setup
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/speed.py
 
-benchmark-auto-gptq: setup-legacy
-	$(LEGACY)/bin/python integration/auto_gptq_run.py
+# Every toolkit in one table; about an hour and a half on two cores.
+benchmark-toolkits: setup setup-legacy
+	PYTHONPATH=integration $(BIN)/python integration/benchmarks/every_toolkit.py \
+		--legacy $(LEGACY)/bin/python
 
 clean:
 	rm -rf $(VENV) $(LEGACY) .cache

@@ -35,42 +35,61 @@ from bc_plugin import Compensation
 FOLDER = real.CACHE / "demo"
 BITS, GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 3, 64, 32, 512, 12
 # Plain GPTQ as in its paper: asymmetric, columns in their natural order, one percent of damping.
+LABELS = {
+    "GPTQ": "GPTQ",
+    "positions=0": "+ BC afterwards, positions=0",
+    "positions=1": "+ BC afterwards",
+    "option": "GPTQ, bias_compensation=True",
+}
 PLAIN_GPTQ = {"sym": False, "act_group_aware": False, "damp_percent": 0.01}
 
 
-def quantize_and_save(console: Console) -> dict[str, float]:
-    """Quantize with the flag, save, and compensate the same weights once more with positions=0."""
+def quantized(bias_compensation: bool | None):
+    """SmolLM2 by transformers' GPTQConfig, with or without the option; and the seconds it took."""
     source = real.smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    calibration = real.calibration_windows(tokenizer, LENGTH, SAMPLES)
-    seconds = {}
-
-    console.print(f"[bold]1. Quantize to {BITS} bits, with bias_compensation=True[/bold]")
     config = GPTQConfig(
         bits=BITS,
         group_size=GROUP_SIZE,
-        dataset=calibration,
-        tokenizer=tokenizer,
-        bias_compensation=True,
+        dataset=_calibration(),
+        modules_in_block_to_quantize=real.TOGETHER,
+        bias_compensation=bias_compensation,
         **({} if "--defaults" in sys.argv else PLAIN_GPTQ),
     )
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
-    compensation = Compensation.attached_to(model)
-    seconds["positions=1"] = compensation.seconds
-    seconds["GPTQ"] = time.perf_counter() - start - compensation.seconds
+    seconds = time.perf_counter() - start
     model.config.quantization_config.dataset = None  # tokens, which JSON cannot hold
-    model.save_pretrained(FOLDER / "positions=1")
+    return model, seconds
+
+
+def _calibration() -> list:
+    tokenizer = AutoTokenizer.from_pretrained(real.smollm2())
+    return real.calibration_windows(tokenizer, LENGTH, SAMPLES)
+
+
+def quantize_and_save(console: Console) -> dict[str, tuple[float, float]]:
+    """Save every variant; returns the seconds of quantizing and of the pass."""
+    console.print(f"[bold]1. Quantize to {BITS} bits, with bias_compensation=True[/bold]")
+    model, total = quantized(True)
+    compensation = Compensation.attached_to(model)
+    seconds = {"option": (total - compensation.seconds, compensation.seconds)}
+    model.save_pretrained(FOLDER / "option")
     plot(compensation, FOLDER / "errors.png")
 
-    console.print("[bold]2. The same weights without compensation, and with positions=0[/bold]")
-    compensation.detach(model)
+    console.print("[bold]2. Quantize without it, and compensate the result afterwards[/bold]")
+    model, total = quantized(None)
+    seconds["GPTQ"] = (total, 0.0)
     model.save_pretrained(FOLDER / "GPTQ")
-    reference = AutoModelForCausalLM.from_pretrained(source)
-    compensation = bc_plugin.compensate(model, reference, calibration, {"positions": 0})
-    compensation.attach(model)
-    seconds["positions=0"] = compensation.seconds
-    model.save_pretrained(FOLDER / "positions=0")
+    reference = AutoModelForCausalLM.from_pretrained(real.smollm2())
+    for positions in (0, 1):
+        name = f"positions={positions}"
+        compensation = bc_plugin.compensate(
+            model, reference, _calibration(), {"positions": positions}
+        )
+        compensation.attach(model)
+        model.save_pretrained(FOLDER / name)
+        compensation.detach(model)
+        seconds[name] = (total, compensation.seconds)
     return seconds
 
 
@@ -81,7 +100,7 @@ def evaluate_saved() -> None:
     batches = real.held_out_windows(tokenizer, LENGTH, EVALUATED)
     reference = AutoModelForCausalLM.from_pretrained(source).eval()
     found = {"float": bc_plugin.evaluate(reference, batches).to_dict()}
-    for name in ("GPTQ", "positions=0", "positions=1"):
+    for name in LABELS:
         model = AutoModelForCausalLM.from_pretrained(FOLDER / name)
         found[name] = bc_plugin.evaluate(model, batches, reference).to_dict()
     (FOLDER / "evaluation.json").write_text(json.dumps(found))
@@ -107,7 +126,7 @@ def size(name: str) -> int:
     return sum(file.stat().st_size for file in (FOLDER / name).glob("*.safetensors"))
 
 
-def print_table(console: Console, found: dict, seconds: dict[str, float]) -> None:
+def print_table(console: Console, found: dict, seconds: dict[str, tuple[float, float]]) -> None:
     floor, plain = found["float"]["perplexity"], found["GPTQ"]["perplexity"]
     table = Table("", "perplexity", "gap closed", "KL (nats)", "checkpoint", "quantize", "BC pass")
     tokens = found["float"]["tokens"]
@@ -116,17 +135,17 @@ def print_table(console: Console, found: dict, seconds: dict[str, float]) -> Non
     )
     megabytes = real.smollm2().joinpath("model.safetensors").stat().st_size / 1e6
     table.add_row("float32", f"{floor:.2f}", "", "0", f"{megabytes:.2f} MB", "", "")
-    for label in ("GPTQ", "positions=0", "positions=1"):
-        row = found[label]
+    for name, label in LABELS.items():
+        row, (quantize, work) = found[name], seconds[name]
         closed = (plain - row["perplexity"]) / (plain - floor)
         table.add_row(
-            label if label == "GPTQ" else f"+ BC, {label}",
+            label,
             f"{row['perplexity']:.2f}",
-            "" if label == "GPTQ" else f"{closed:.0%}",
+            f"{closed:.0%}" if work else "",
             f"{row['kl']:.3f}",
-            f"{size(label) / 1e6:.2f} MB",
-            f"{seconds['GPTQ']:.0f} s",
-            "" if label == "GPTQ" else f"{seconds[label]:.0f} s",
+            f"{size(name) / 1e6:.2f} MB",
+            f"{quantize:.0f} s",
+            f"{work:.0f} s" if work else "",
         )
     console.print(table)
 

@@ -20,6 +20,13 @@ from bc_plugin.calibration import windows
 CACHE = Path(os.environ.get("BC_PLUGIN_CACHE", Path(__file__).parent.parent / ".cache"))
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WIKIPEDIA = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+# Linears with the same inputs are quantized together, as other toolkits do by default.
+TOGETHER = [
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ["self_attn.o_proj"],
+    ["mlp.gate_proj", "mlp.up_proj"],
+    ["mlp.down_proj"],
+]
 ARTICLE_END = "\n\n\n\n"
 
 

@@ -83,6 +83,8 @@ class Measurement:
         folder = FOLDER / f"{self.toolkit.name}-{self.bits}"
         shutil.rmtree(folder, ignore_errors=True)
         settings = {"bits": self.bits, "group_size": GROUP_SIZE, **self.toolkit.settings}
+        if self.toolkit.name == "transformers":
+            settings["modules_in_block_to_quantize"] = real.TOGETHER
         start = time.perf_counter()
         result = self.toolkit.quantize(str(self.source), self.calibration, flag, settings)
         self.seconds = time.perf_counter() - start
