@@ -100,6 +100,7 @@ def quantize(
     desc_act: Annotated[bool, typer.Option(help="Activation order.")] = False,
     positions: Positions = "1",
     sites: Sites = "linear block",
+    joint: Annotated[bool, typer.Option(help="Let GPTQ know that vectors will follow.")] = True,
     samples: Samples = 128,
     length: Length = 512,
     dtype: Dtype = "auto",
@@ -124,7 +125,7 @@ def quantize(
             desc_act=desc_act,
             dataset=windows(read_text(dataset), tokenizer, length, samples),
             tokenizer=tokenizer,
-            bias_compensation=_settings(positions, sites),
+            bias_compensation={**_settings(positions, sites), "joint": joint},
         )
         model = _load(float_model, dtype, device_map, quantization_config=config)
         model.config.quantization_config.dataset = None  # tokens of the text: not to be published
@@ -157,15 +158,24 @@ def compensate(
     from .calibration import read_text, windows
 
     enable("transformers")
+    settings = _settings(positions, sites)
     with _new_folder(out) as part:
         tokenizer = _tokenizer(float_model)
         calibration = windows(read_text(dataset), tokenizer, length, samples)
         model = _load(quantized, dtype, device_map)
         before = Compensation.attached_to(model)
+        joint = before is not None and before.joint
+        if joint and "linear" not in settings["sites"]:
+            raise BiasCompensationError(
+                f"{quantized} was quantized jointly with its linears' vectors and is worth little "
+                "without them; keep linear among the sites."
+            )
         if before is not None:
             before.detach(model)
         reference = _load(float_model, dtype, device_map)
-        run(model, reference, calibration, _settings(positions, sites)).attach(model)
+        compensation = run(model, reference, calibration, settings)
+        compensation.joint = joint
+        compensation.attach(model)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
     _print_sites(out, by_group=True)
@@ -250,7 +260,8 @@ def _print_sites(folder: Path, by_group: bool) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{len(rows)} sites, {compensation.nbytes:,} bytes, positions={compensation.positions}. "
+        f"{len(rows)} sites, {compensation.nbytes:,} bytes, positions={compensation.positions}, "
+        f"joint={compensation.joint}. "
         "Errors are mean squared differences from the float model's output, per value."
     )
 

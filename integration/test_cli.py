@@ -52,7 +52,7 @@ def test_quantize_writes_a_compensated_checkpoint(folder):
     assert (folder / "out" / "tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize("option", ["--positions=0", "--positions=all", "--sites=block"])
+@pytest.mark.parametrize("option", ["--positions=0", "--positions=all", "--sites=linear"])
 def test_compensate_takes_a_quantized_checkpoint(folder, tmp_path, option):
     arguments = ("compensate", folder / "out", folder / "float", tmp_path / "new", option)
     _run(*arguments, "--dataset", folder / "text.txt", *DATA)
@@ -64,6 +64,15 @@ def test_compensate_takes_a_quantized_checkpoint(folder, tmp_path, option):
     bc_plugin.disable()
     plain = [AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "new", folder / "out")]
     assert torch.equal(logits(plain[0]), logits(plain[1]))
+
+
+def test_a_joint_checkpoint_keeps_its_linears_vectors(folder, tmp_path):
+    arguments = ("compensate", folder / "out", folder / "float", tmp_path / "new")
+    with pytest.raises(BiasCompensationError, match="keep linear among the sites"):
+        _run(*arguments, "--sites=block", "--dataset", folder / "text.txt", *DATA)
+    assert Compensation.load(folder / "out").joint
+    _run(*arguments, "--dataset", folder / "text.txt", *DATA)
+    assert Compensation.load(tmp_path / "new").joint
 
 
 def test_evaluate(folder):
