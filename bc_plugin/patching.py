@@ -148,7 +148,7 @@ def enable(*names: str) -> tuple[str, ...]:
         raise BiasCompensationError(
             f"no toolkit is installed that can be patched; known are {sorted(known)}."
         )
-    for name in tuple(wanted):
+    for name in wanted:  # it grows on the way
         wanted += [
             other for other in known[name].needs if other not in wanted and known[other].version
         ]

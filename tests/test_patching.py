@@ -83,9 +83,10 @@ def test_enabling_twice_wraps_once(toolkits):
 def test_a_toolkit_brings_along_what_it_needs(toolkits):
     toolkits("one", targets=("method",), needs=("two", "absent"))
     toolkits("absent", distribution="no-such-distribution")
-    toolkits("two", targets=("double",))
+    toolkits("two", targets=("double",), needs=("one", "four"))
     toolkits("three", targets=("build",))
-    assert set(enable("one")) == {"one", "two"}
+    toolkits("four", targets=())
+    assert set(enable("one")) == {"one", "two", "four"}
     assert _results() == (-1, 1, (_Class, 1), -2)
 
 
