@@ -2,8 +2,9 @@
 
     make benchmark-toolkits
 
-runs this in both environments and prints one table. ``--only NAME`` takes one toolkit,
-``--measure NAME BITS`` does the work for one part of the table, in a process of its own.
+runs this in both environments and prints one table. Parts of the table that an interrupted run has
+measured are not measured again; ``--again`` starts anew. ``--only NAME`` takes one toolkit,
+``--measure NAME BITS`` does the work for one part, in a process of its own.
 """
 
 from __future__ import annotations
@@ -145,18 +146,21 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, metavar=("NAME", "BITS"))
     parser.add_argument("--only", choices=TOOLKITS)
     parser.add_argument("--legacy", help="the Python of the environment that has AutoGPTQ")
+    parser.add_argument("--again", action="store_true")
     given = parser.parse_args()
     if given.measure:
         measure(given.measure[0], int(given.measure[1]))
         return
+    if given.again:
+        shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
     parts = [part for part in PARTS if given.only in (None, part[0])]
     for name, bits in parts:
         python = sys.executable if TOOLKITS[name].installed else given.legacy
         if python is None:
             parser.error(f"{name} is not in this environment; pass --legacy")
-        print(f"{name}, {bits} bits", file=sys.stderr)
-        subprocess.run([python, __file__, "--measure", name, str(bits)], check=True)
+        if not result_of(name, bits).exists():
+            subprocess.run([python, __file__, "--measure", name, str(bits)], check=True)
     print_table(parts)
 
 
