@@ -39,6 +39,10 @@ PARTS = [(name, bits) for bits in (3, 4) for name in ("gptqmodel", "transformers
 ]
 
 
+# The other toolkits share its method; one value of ``positions`` shows that they share its results.
+BOTH_POSITIONS = ("gptqmodel", "gptqmodel-awq")
+
+
 class Measurement:
     """One toolkit at one width, on the same calibration data and the same held-out tokens."""
 
@@ -51,12 +55,13 @@ class Measurement:
         self.reference = AutoModelForCausalLM.from_pretrained(
             self.source, dtype=torch.float32
         ).eval()
+        self.positions = (1, 0) if name in BOTH_POSITIONS else (1,)
         self.found: dict[str, dict] = {}
 
     def run(self) -> dict[str, dict]:
         self.evaluate("float", self.reference)
         if "awq" in self.toolkit.name:  # the scales it moves are known only while it runs
-            for positions in (1, 0):
+            for positions in self.positions:
                 model = self.quantized({"positions": positions})
                 self.evaluate(f"BC {positions}", model)
             Compensation.attached_to(model).detach(model)
@@ -67,14 +72,14 @@ class Measurement:
             positions: bc_plugin.compensate(
                 model, self.reference, self.calibration, {"positions": positions}
             )
-            for positions in (1, 0)
+            for positions in self.positions
         }
         for positions, compensation in vectors.items():
             compensation.attach_unchecked(model)  # it is the model they were computed for
             self.evaluate(f"BC {positions}", model)
             compensation.detach(model)
         self.evaluate("none", model)
-        for positions in (1, 0):
+        for positions in self.positions:
             self.evaluate(f"joint {positions}", self.quantized({"positions": positions}))
         return self.found
 
