@@ -5,6 +5,7 @@ from .compensation import Compensation
 from .config import BiasCompensationConfig
 from .errors import BiasCompensationError
 from .evaluate import Evaluation, evaluate
+from .export import export
 from .patching import disable, enable, enabled
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "enable",
     "enabled",
     "evaluate",
+    "export",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .errors import BiasCompensationError
 from .names import KEY, VECTOR
 
 SUFFIX = "." + VECTOR
@@ -69,3 +71,28 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         Path(part).unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``out`` when all went well.
+
+    Raises:
+        BiasCompensationError: ``out`` exists already.
+    """
+    if out.exists():
+        raise BiasCompensationError(f"{out} exists already; name a folder that does not.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        yield part
+        part.chmod(0o777 & ~_umask())
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

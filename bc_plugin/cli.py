@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .architectures import ENGINES
+from .checkpoint import new_folder
 from .errors import BiasCompensationError
 
 app = typer.Typer(
@@ -47,27 +45,6 @@ def main() -> None:
     except BiasCompensationError as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
         raise SystemExit(1) from error
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``out`` when all went well."""
-    if out.exists():
-        raise BiasCompensationError(f"{out} exists already; name a folder that does not.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        yield part
-        part.chmod(0o777 & ~_umask())
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _settings(positions: str, sites: str) -> dict[str, Any]:
@@ -116,7 +93,7 @@ def quantize(
     from .calibration import read_text, windows
 
     enable("transformers")
-    with _new_folder(out) as part:
+    with new_folder(out) as part:
         tokenizer = _tokenizer(float_model)
         config = GPTQConfig(
             bits=bits,
@@ -159,7 +136,7 @@ def compensate(
 
     enable("transformers")
     settings = _settings(positions, sites)
-    with _new_folder(out) as part:
+    with new_folder(out) as part:
         tokenizer = _tokenizer(float_model)
         calibration = windows(read_text(dataset), tokenizer, length, samples)
         model = _load(quantized, dtype, device_map)
@@ -179,6 +156,36 @@ def compensate(
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
     _print_sites(out, by_group=True)
+
+
+@app.command()
+def export(
+    compensated: Annotated[Path, typer.Argument(metavar="COMPENSATED", help="With positions=0.")],
+    out: Out,
+    engine: Annotated[str, typer.Option("--for", help=", ".join(ENGINES))] = "transformers",
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Leave out what the engine cannot be given.")
+    ] = False,
+    as_llama: Annotated[
+        bool, typer.Option("--as-llama", help="Rewrite a model that is exactly a Llama as one.")
+    ] = False,
+    device_map: DeviceMap = "cpu",
+) -> None:
+    """Merge the vectors into plain biases, which engines load without this plugin.
+
+    Example: `bc-plugin export ./compensated ./plain --for vllm`
+    """
+    from . import export as run
+
+    run(
+        compensated,
+        out,
+        engine=engine,
+        allow_partial=allow_partial,
+        as_llama=as_llama,
+        device_map=device_map,
+    )
+    Console().print(f"{out}: verified in a process without the plugin", highlight=False)
 
 
 @app.command()

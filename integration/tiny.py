@@ -16,6 +16,14 @@ SHAPES = {
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
     },
+    "qwen2": {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    },
     "opt": {
         "hidden_size": 128,
         "ffn_dim": 192,

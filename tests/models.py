@@ -1,4 +1,4 @@
-"""Tiny random models of ten architectures, and a crude quantizer with a visible mean shift."""
+"""Tiny random models of eleven architectures, and a crude quantizer with a visible mean shift."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ ARCHITECTURES = {
     "qwen3": {**ROTARY, "head_dim": 8},
     "gemma3_text": {**ROTARY, "head_dim": 8, "sliding_window": 8},
     "phi3": {**ROTARY},
+    "granite": {**ROTARY, "residual_multiplier": 0.5},
 }
 
 

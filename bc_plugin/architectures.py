@@ -1,0 +1,133 @@
+"""Which linears of an architecture may carry a bias, and which engines read it.
+
+Read in the sources of transformers 5.23, vLLM 0.32 and llama.cpp. An engine that is not listed for
+an architecture was not looked into, or does not run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ENGINES = ("transformers", "vllm", "llama.cpp")
+ALWAYS = ""
+
+
+def _plain(config: Mapping[str, Any]) -> float | None:
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where the blocks of a model type have biases.
+
+    Attributes:
+        flags: For each flag of the config, the linears (paths within a block) that have a bias
+            when it is set: all of them, so those without a vector need zeros. ``ALWAYS`` for
+            linears that have one whatever the config says.
+        last: The linear whose output goes into the block's output unchanged but for a factor; None
+            where a norm follows, or where it cannot have a bias.
+        factor: That factor, from the config; None where it is not unchanged after all.
+        engines: Linears whose bias each engine reads.
+    """
+
+    flags: Mapping[str, tuple[str, ...]]
+    last: str | None
+    engines: Mapping[str, tuple[str, ...]]
+    factor: Callable[[Mapping[str, Any]], float | None] = _plain
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """All linears that can have a bias."""
+        return tuple(linear for linears in self.flags.values() for linear in linears)
+
+
+def _architecture(
+    flags: Mapping[str, tuple[str, ...]],
+    last: str | None,
+    factor: Callable[[Mapping[str, Any]], float | None] = _plain,
+    **engines: tuple[str, ...],
+) -> Architecture:
+    """transformers reads every bias it has a flag for."""
+    everything = tuple(linear for linears in flags.values() for linear in linears)
+    return Architecture(flags, last, {"transformers": everything, **engines}, factor)
+
+
+def _granite_factor(config: Mapping[str, Any]) -> float | None:
+    return config.get("residual_multiplier", 1.0)
+
+
+def _opt_factor(config: Mapping[str, Any]) -> float | None:
+    return 1.0 if config.get("do_layer_norm_before", True) else None
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_QKVO = (*_QKV, "self_attn.o_proj")
+_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_LLAMA = {"attention_bias": _QKVO, "mlp_bias": _MLP}
+_OPT = (*_QKV, "self_attn.out_proj", "fc1", "fc2")
+_PHI = (*_QKV, "self_attn.dense", "mlp.fc1", "mlp.fc2")
+_STARCODER = (*_QKVO, "mlp.c_fc", "mlp.c_proj")
+_GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+_NEOX_MLP = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+_NEOX_ATTENTION = ("attention.query_key_value", "attention.dense")
+_BLOOM = ("self_attention.query_key_value", "self_attention.dense", *_NEOX_MLP)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _architecture(
+        _LLAMA, "mlp.down_proj", vllm=(*_QKVO, *_MLP), **{"llama.cpp": (*_QKVO, *_MLP)}
+    ),
+    "granite": _architecture(_LLAMA, "mlp.down_proj", _granite_factor, vllm=(*_QKVO, *_MLP)),
+    "smollm3": _architecture(_LLAMA, "mlp.down_proj"),
+    "starcoder2": _architecture({"use_bias": _STARCODER}, "mlp.c_proj"),
+    "falcon": _architecture({"bias": _BLOOM}, "mlp.dense_4h_to_h", vllm=_BLOOM),
+    "opt": _architecture({"enable_bias": _OPT}, "fc2", _opt_factor, vllm=_OPT),
+    "bloom": _architecture({ALWAYS: _BLOOM}, "mlp.dense_4h_to_h", vllm=_BLOOM),
+    "gpt2": _architecture({ALWAYS: _GPT2}, "mlp.c_proj", vllm=_GPT2),
+    "phi": _architecture({ALWAYS: _PHI}, "mlp.fc2"),
+    "gpt_neox": _architecture(
+        {"attention_bias": _NEOX_ATTENTION, ALWAYS: _NEOX_MLP}, "mlp.dense_4h_to_h"
+    ),
+    "qwen2": _architecture({ALWAYS: _QKV}, None, vllm=_QKV),
+    "qwen3": _architecture({"attention_bias": _QKVO}, None, vllm=_QKV),
+    "gemma": _architecture({"attention_bias": _QKVO}, None, vllm=()),
+    "gemma3_text": _architecture({"attention_bias": _QKVO}, None, vllm=_QKVO),
+    "olmo": _architecture({"attention_bias": _QKVO}, None),
+    "cohere": _architecture({"attention_bias": _QKVO}, "self_attn.o_proj", vllm=()),
+    "stablelm": _architecture({"use_qkv_bias": _QKV}, None, vllm=_QKV),
+    "mistral": _architecture({}, None, vllm=()),
+    "mixtral": _architecture({}, None, vllm=()),
+    "phi3": _architecture({}, None, vllm=()),
+}
+
+
+# What makes a model of another type exactly a Llama with biases. Each answers with what is in the
+# way, or None.
+
+
+def _mistral_as_llama(config: Mapping[str, Any]) -> str | None:
+    window = config.get("sliding_window")
+    return None if window is None else f"its attention has a sliding window of {window}"
+
+
+def _qwen2_as_llama(config: Mapping[str, Any]) -> str | None:
+    layers = set(config.get("layer_types") or ())
+    if config.get("use_sliding_window") or layers - {"full_attention"}:
+        return "its attention has a sliding window"
+    return None
+
+
+AS_LLAMA: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
+    "mistral": _mistral_as_llama,
+    "qwen2": _qwen2_as_llama,
+}
+# What a Llama's config has of those.
+LLAMA_SETTINGS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act"),
+    *("max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "attention_dropout"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "dtype", "torch_dtype"),
+    *("quantization_config", "transformers_version"),
+)

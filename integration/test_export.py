@@ -1,0 +1,133 @@
+"""Export of what the toolkits wrote: standard checkpoints that need no plugin."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("gptqmodel", reason="needs the gptq extra")
+
+from gptqmodel import GPTQModel
+from safetensors.torch import load_file
+from tiny import logits, sequences, tiny_checkpoint, tiny_tokenizer
+from toolkits import TOOLKITS
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import bc_plugin
+from bc_plugin import BiasCompensationError, Compensation
+from bc_plugin.cli import app
+from bc_plugin.widening import pack, unpack
+
+
+def _compensated(folder, toolkit="transformers", architecture="llama", **settings):
+    found = TOOLKITS[toolkit]
+    (folder / "float").mkdir()
+    tiny_tokenizer().save_pretrained(folder / "float")
+    source = tiny_checkpoint(folder / "float", architecture, found.dtype)
+    settings = {"bits": 4, "group_size": 32, **found.settings, **settings}
+    bc_plugin.enable()
+    try:
+        with found.on_cpu():
+            result = found.quantize(source, sequences(), {"positions": 0}, settings)
+            found.save(result, folder / "in")
+    finally:
+        bc_plugin.disable()
+    return folder / "in"
+
+
+def _with_plugin(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    Compensation.load(folder).attach(model)
+    return logits(model)
+
+
+@pytest.mark.parametrize("toolkit", ["transformers", "gptqmodel", "gptqmodel-awq", "autoawq"])
+def test_every_current_toolkit(tmp_path, toolkit):
+    if not TOOLKITS[toolkit].installed:
+        pytest.skip(f"{toolkit} is not installed")
+    folder = _compensated(tmp_path, toolkit)
+    bc_plugin.export(folder, tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    plain = logits(AutoModelForCausalLM.from_pretrained(folder))
+    expected = _with_plugin(folder)
+    assert (logits(exported) - expected).norm() < 0.1 * (plain - expected).norm()
+    for path in (tmp_path / "out").glob("*config.json"):
+        assert "bias_compensation" not in path.read_text()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_narrow_weights_are_widened_without_change(tmp_path, bits, sym, architecture):
+    folder = _compensated(tmp_path, bits=bits, sym=sym, architecture=architecture)
+    bc_plugin.export(folder, tmp_path / "out", engine="vllm")
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (settings["bits"], settings["sym"], settings["format"]) == (4, True, "gptq")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = _with_plugin(folder)
+    # Another kernel, which rounds inputs to bfloat16.
+    assert (logits(exported) - expected).norm() < 0.03 * expected.norm()
+    (quantized,) = (
+        m for n, m in exported.named_modules() if n.endswith(("0.mlp.up_proj", "0.fc1"))
+    )
+    assert quantized.bits == 4
+
+
+@pytest.mark.parametrize("settings", [{"bits": 4, "sym": False}, {"bits": 8, "sym": False}])
+def test_what_vllm_has_no_kernel_for_is_refused(tmp_path, settings):
+    folder = _compensated(tmp_path, **settings)
+    with pytest.raises(
+        BiasCompensationError, match=r"no kernel for GPTQ with . bits and sym=False"
+    ):
+        bc_plugin.export(folder, tmp_path / "out", engine="vllm")
+    assert not (tmp_path / "out").exists()
+
+
+def test_gptqmodel_loads_it_too(tmp_path):
+    folder = _compensated(tmp_path)
+    bc_plugin.export(folder, tmp_path / "out")
+    theirs = GPTQModel.load(str(tmp_path / "out"), device="cpu", dtype=torch.float32)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(theirs.model), logits(ours), rtol=1e-2, atol=1e-2)
+
+
+def test_on_the_command_line(tmp_path):
+    folder = _compensated(tmp_path)
+    arguments = ["export", str(folder), str(tmp_path / "out"), "--for", "llama.cpp"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "verified in a process without the plugin" in " ".join(result.stdout.split())
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["model.layers.0.mlp.down_proj.bias"].any()
+    assert not any(name.endswith("bias_compensation") for name in tensors)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_unpacking_reads_what_gptqmodel_packs(bits):
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(2**bits, (64, 32), generator=generator)
+    linear = torch.nn.Linear(64, 32, bias=False)
+    linear.weight.data = values.T.float()
+    packed = TorchLinear(
+        bits=bits,
+        group_size=64,
+        sym=False,
+        desc_act=False,
+        in_features=64,
+        out_features=32,
+        bias=False,
+        pack_dtype=torch.int32,
+        register_buffers=True,
+    )
+    groups = torch.zeros(64, dtype=torch.int32)
+    packed.pack_original(linear, torch.ones(32, 1), torch.zeros(32, 1), groups)
+    assert torch.equal(unpack(packed.qweight, bits, dim=0), values)
+
+
+def test_packing_is_unpacked_again():
+    values = torch.randint(16, (64, 24), generator=torch.Generator().manual_seed(0))
+    for dim in (0, 1):
+        assert torch.equal(unpack(pack(values, dim=dim), 4, dim=dim), values)

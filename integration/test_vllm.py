@@ -1,0 +1,88 @@
+"""Exported checkpoints in vLLM, in its own environment (``make test-vllm`` builds it)."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("gptqmodel", reason="needs the gptq extra")
+
+from tiny import sequences, tiny_checkpoint, tiny_tokenizer
+from toolkits import TOOLKITS
+from transformers import AutoModelForCausalLM
+
+import bc_plugin
+from bc_plugin import BiasCompensationError
+
+HERE = Path(__file__).parent
+VLLM = Path(os.environ.get("BC_PLUGIN_VLLM_PYTHON", HERE.parent / ".venv-vllm" / "bin" / "python"))
+if not VLLM.exists():
+    pytest.skip("needs vLLM's environment: make setup-vllm", allow_module_level=True)
+
+
+def log_probabilities(model, ids, folder, **options):
+    """What vLLM gives the tokens of each prompt, after their first."""
+    (folder / "ids.json").write_text(json.dumps(ids))
+    command = [VLLM, HERE / "vllm_engine.py", model, folder / "ids.json", folder / "found.json"]
+    for name, value in options.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    subprocess.run(command, check=True)
+    return json.loads((folder / "found.json").read_text())
+
+
+@torch.no_grad()
+def _by_transformers(folder, ids):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    ids = torch.tensor(ids)
+    scores = model(input_ids=ids).logits.float().log_softmax(-1)
+    return scores[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
+def _exported(folder, architecture, **options):
+    """Two exports of a tiny model: one with the vectors, one of the same weights without."""
+    toolkit = TOOLKITS["gptqmodel"]
+    (folder / "float").mkdir()
+    tiny_tokenizer().save_pretrained(folder / "float")
+    source = tiny_checkpoint(folder / "float", architecture, torch.bfloat16)
+    settings = {"bits": 4, "group_size": 32, **toolkit.settings, "sym": True}
+    bc_plugin.enable()
+    try:
+        result = toolkit.quantize(source, sequences(), {"positions": 0, "joint": False}, settings)
+        toolkit.save(result, folder / "in")
+    finally:
+        bc_plugin.disable()
+    bc_plugin.export(folder / "in", folder / "out", engine="vllm", **options)
+    return folder / "in", folder / "out"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [("llama", {}), ("opt", {}), ("qwen2", {"allow_partial": True}), ("qwen2", {"as_llama": True})],
+    ids=["llama", "opt", "qwen2-partial", "qwen2-as-llama"],
+)
+def test_vllm_reads_every_bias(tmp_path, architecture, options):
+    plain, exported = _exported(tmp_path, architecture, **options)
+    ids = [item["input_ids"][0].tolist() for item in sequences(4, seed=9)]
+    found = torch.tensor(log_probabilities(exported, ids, tmp_path)["log_probabilities"])
+    expected, without = (_by_transformers(folder, ids) for folder in (exported, plain))
+    assert (found - expected).norm() < 0.5 * (found - without).norm()
+
+
+def test_two_workers_read_the_same(tmp_path):
+    _, exported = _exported(tmp_path, "llama")
+    ids = [item["input_ids"][0].tolist() for item in sequences(4, seed=9)]
+    one, two = (
+        torch.tensor(
+            log_probabilities(exported, ids, tmp_path, tensor_parallel_size=n)["log_probabilities"]
+        )
+        for n in (1, 2)
+    )
+    assert (one - two).abs().mean() < 0.02
+
+
+def test_what_vllm_would_drop_is_refused(tmp_path):
+    with pytest.raises(BiasCompensationError, match=r"down_proj: .*of the error"):
+        _exported(tmp_path, "qwen2")
