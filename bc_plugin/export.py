@@ -109,7 +109,7 @@ def export(
             "Pass allow_partial=True (--allow-partial) to leave them out, load the checkpoint "
             "with the plugin, or see whether --as-llama fits."
         )
-    tensors = _read(compensated)
+    tensors = read_tensors(compensated)
     _set_biases(tensors, plan, architecture, config, compensation)
     settings = config.get("quantization_config")
     if settings is not None:
@@ -117,7 +117,7 @@ def export(
         if engine == "vllm" and needs_widening(settings):
             widen(tensors, settings)
     with new_folder(Path(out)) as part:
-        _write(part, compensated, tensors, config)
+        write_checkpoint(part, compensated, tensors, config)
         del tensors
         _verify(compensated, part, compensation, plan, device_map)
     return Path(out)
@@ -197,12 +197,13 @@ def _describe(plan: Plan, compensation: Compensation) -> str:
     return "\n".join(lines)
 
 
-def _read(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint but the vectors."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise BiasCompensationError(
-            f"{folder} holds no model.safetensors, nor shards of one. Save it as safetensors; a file "
-            "that AutoGPTQ named otherwise has to be renamed to that, as for transformers."
+            f"{folder} holds no model.safetensors, nor shards of one. Save it as safetensors; a "
+            "file that AutoGPTQ named otherwise has to be renamed to that, as for transformers."
         )
     tensors = {}
     for path in files:
@@ -253,7 +254,10 @@ def _width(tensors: Mapping[str, Tensor], name: str) -> int:
     raise BiasCompensationError(f"the checkpoint has no {name}, which its architecture announces.")
 
 
-def _write(folder: Path, source: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+def write_checkpoint(
+    folder: Path, source: Path, tensors: dict[str, Tensor], config: dict[str, Any]
+) -> None:
+    """Write ``tensors`` and ``config``, and whatever else the folder ``source`` holds."""
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
