@@ -5,7 +5,7 @@ LEGACY ?= .venv-legacy
 VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
 
-.PHONY: setup setup-legacy setup-vllm demo test test-current test-legacy test-vllm lint benchmark benchmark-toolkits clean
+.PHONY: setup setup-legacy setup-vllm demo test test-current test-legacy test-vllm lint benchmark benchmark-toolkits benchmark-serving clean
 
 setup: $(VENV)/.ready
 
@@ -70,6 +70,9 @@ benchmark: setup
 benchmark-toolkits: setup setup-legacy
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/every_toolkit.py \
 		--legacy $(LEGACY)/bin/python
+
+benchmark-serving: setup setup-vllm
+	PYTHONPATH=integration $(BIN)/python integration/benchmarks/serving.py
 
 clean:
 	rm -rf $(VENV) $(LEGACY) $(VLLM) .cache

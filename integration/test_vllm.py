@@ -29,7 +29,9 @@ def log_probabilities(model, ids, folder, **options):
     command = [VLLM, HERE / "vllm_engine.py", model, folder / "ids.json", folder / "found.json"]
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    subprocess.run(command, check=True)
+    workers = options.get("tensor_parallel_size", 1)
+    cores = {} if workers == 1 else {"VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:workers])}
+    subprocess.run(command, check=True, env={**os.environ, **cores})
     return json.loads((folder / "found.json").read_text())
 
 
@@ -42,12 +44,13 @@ def _by_transformers(folder, ids):
 
 
 def _exported(folder, architecture, **options):
-    """Two exports of a tiny model: one with the vectors, one of the same weights without."""
+    """A compensated tiny model, and what is exported of it."""
     toolkit = TOOLKITS["gptqmodel"]
     (folder / "float").mkdir()
     tiny_tokenizer().save_pretrained(folder / "float")
     source = tiny_checkpoint(folder / "float", architecture, torch.bfloat16)
-    settings = {"bits": 4, "group_size": 32, **toolkit.settings, "sym": True}
+    # Two bits, so that the vectors are well above the engine's rounding.
+    settings = {"bits": 2, "group_size": 32, **toolkit.settings}
     bc_plugin.enable()
     try:
         result = toolkit.quantize(source, sequences(), {"positions": 0, "joint": False}, settings)
@@ -80,7 +83,7 @@ def test_two_workers_read_the_same(tmp_path):
         )
         for n in (1, 2)
     )
-    assert (one - two).abs().mean() < 0.02
+    assert (one - two).abs().mean() < 0.05  # their bfloat16 sums are split differently
 
 
 def test_what_vllm_would_drop_is_refused(tmp_path):
