@@ -2,8 +2,8 @@
 
     make benchmark-serving
 
-Both read the same held-out tokens; vLLM also generates, to see what biases cost it. The same weights
-without compensation tell how much the two engines differ anyway.
+Both read the same held-out tokens; vLLM also generates, to see what biases cost it. The same
+weights without compensation tell how much the two engines differ anyway.
 """
 
 from __future__ import annotations
