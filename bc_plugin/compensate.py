@@ -248,8 +248,7 @@ class _Pass:
             return hook
 
         outputs = []
-        tensors = reference.state_dict(keep_vars=True).values()
-        dtype = next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
+        dtype = dtype_of(reference)
         with ExitStack() as hooks:
             for linear in linears:
                 handle = reference.get_submodule(linear).register_forward_hook(measure(linear))

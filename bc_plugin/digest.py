@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .names import VECTOR
-from .structure import Blocks
+from .structure import Blocks, stored_tensors
 
 SAMPLES = 1024  # values read per tensor: a requantized weight differs in a large share of them
 
@@ -16,7 +16,7 @@ SAMPLES = 1024  # values read per tensor: a requantized weight differs in a larg
 def _weights(module: nn.Module) -> dict[str, Tensor]:
     """The largest stored matrix of every submodule that has one: its weight, packed or not."""
     largest: dict[str, Tensor] = {}
-    for name, tensor in module.state_dict().items():
+    for name, tensor in stored_tensors(module):
         owner, _, leaf = name.rpartition(".")
         if tensor.dim() < 2 or leaf == VECTOR:
             continue

@@ -235,7 +235,7 @@ def _set_biases(
         if flag != ALWAYS:
             config[flag] = True
         for name, bias in present.items():
-            width = _width(tensors, name)
+            width = _width(tensors, name, compensation)
             base = torch.zeros(width, dtype=torch.float64) if bias is None else bias.double()
             whole = (base + plan.biases.get(name, 0)).to(dtype if bias is None else bias.dtype)
             if not bool(torch.isfinite(whole).all()):
@@ -246,8 +246,10 @@ def _set_biases(
             tensors[f"{name}.bias"] = whole
 
 
-def _width(tensors: Mapping[str, Tensor], name: str) -> int:
-    """out_features of a linear, from whatever is stored of it."""
+def _width(tensors: Mapping[str, Tensor], name: str, compensation: Compensation) -> int:
+    """out_features of a linear, from its vector or from whatever else is stored of it."""
+    if name in compensation.vectors:
+        return compensation.vectors[name].shape[-1]
     for leaf, axis in (("scales", -1), ("bias", 0), ("weight", 0)):
         if f"{name}.{leaf}" in tensors:
             return tensors[f"{name}.{leaf}"].shape[axis]

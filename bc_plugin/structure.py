@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .errors import BiasCompensationError
+
+
+def stored_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers, by name.
+
+    Not through ``state_dict``: some kernels (bitsandbytes) repack their weights back for it, in
+    place, and lose precision on the way.
+    """
+    for path, child in module.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                yield prefix + name, parameter
+        for name, buffer in child._buffers.items():
+            if buffer is not None and name not in child._non_persistent_buffers_set:
+                yield prefix + name, buffer
 
 
 @dataclass(frozen=True)
@@ -30,7 +47,7 @@ def _is_block_list(module: nn.Module) -> bool:
         return False
     if len({type(child) for child in module}) != 1:
         return False
-    return any(tensor.dim() >= 2 for tensor in module[0].state_dict(keep_vars=True).values())
+    return any(tensor.dim() >= 2 for _, tensor in stored_tensors(module[0]))
 
 
 def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
@@ -126,4 +143,4 @@ def device_of(module: nn.Module) -> torch.device:
         execution = getattr(getattr(child, "_hf_hook", None), "execution_device", None)
         if execution is not None:
             return torch.device(execution)
-    return next(iter(module.state_dict(keep_vars=True).values())).device
+    return next(stored_tensors(module))[1].device

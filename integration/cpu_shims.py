@@ -32,7 +32,7 @@ def auto_gptq_on_cpu():
                 self.model.register_forward_hook(lambda *_: inside_model.clear(), always_call=True),
             ]
             try:
-                return original(self, *args, **kwargs)
+                return original.__get__(self)(*args, **kwargs)  # bound, as a patch wants it
             finally:
                 for handle in handles:
                     handle.remove()

@@ -19,6 +19,14 @@ def _config_init(wrapped, config, args, kwargs):
     set_flag(config, kwargs.get(KEY))
 
 
+def _config_from_dict(wrapped, cls, args, kwargs):
+    settings = dict(argument("quantization_config_dict", 0, args, kwargs))
+    entry = settings.pop(KEY, None)
+    config = wrapped(settings)
+    set_flag(config, entry)
+    return config
+
+
 def _merge_configs(wrapped, instance, args, kwargs):
     if flag_of(argument("quantization_config_from_args", 1, args, kwargs)) is not None:
         raise BiasCompensationError(
@@ -86,6 +94,11 @@ TRANSFORMERS = Toolkit(
     patches=(
         Patch(
             "transformers.utils.quantization_config:GPTQConfig.__init__", _config_init, ("kwargs",)
+        ),
+        Patch(
+            "transformers.quantizers.auto:AutoQuantizationConfig.from_dict",
+            _config_from_dict,
+            ("quantization_config_dict",),
         ),
         Patch(
             "transformers.quantizers.auto:AutoHfQuantizer.merge_quantization_configs",

@@ -1,0 +1,41 @@
+"""Checkpoints of other quantizers that transformers loads: compensated afterwards, exported."""
+
+import pytest
+import torch
+
+pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+
+from tiny import logits, sequences, tiny_checkpoint
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import bc_plugin
+from bc_plugin import Compensation
+
+CPU = {"": "cpu"}
+CONFIGS = {
+    "8 bits": ({"load_in_8bit": True}, torch.float32),
+    "4 bits": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_bitsandbytes(tmp_path, enabled, kind):
+    settings, dtype = CONFIGS[kind]
+    source = tiny_checkpoint(tmp_path / "float", dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=BitsAndBytesConfig(**settings), device_map=CPU, dtype=dtype
+    )
+    reference = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    compensation = bc_plugin.compensate(model, reference, sequences(), {"positions": 0})
+    assert all(errors.after <= errors.before for errors in compensation.errors.values())
+    compensation.attach(model)
+    model.save_pretrained(tmp_path / "out")  # before it runs: its CPU kernel repacks with losses
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map=CPU, dtype=dtype)
+    assert Compensation.attached_to(loaded).digest == compensation.digest
+    expected = logits(loaded)
+    torch.testing.assert_close(expected, logits(model), rtol=1e-2, atol=1e-2)
+    bc_plugin.export(tmp_path / "out", tmp_path / "plain")
+    bc_plugin.disable()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", device_map=CPU, dtype=dtype)
+    tolerance = 4 * torch.finfo(dtype).eps * expected.norm() + 1e-4
+    assert (logits(plain) - expected).norm() < tolerance
