@@ -87,7 +87,7 @@ class CentredInputs:
 
     def centre(self, inputs: Tensor) -> Tensor:
         """``inputs``, (..., features), those of later positions without the estimate."""
-        flat = inputs.reshape(-1, inputs.shape[-1]).double()
+        flat = inputs.reshape(-1, inputs.shape[-1]).to(torch.float64, copy=True)
         positions = self.joint.tracker.positions
         rows = _rows(self.joint.tracker, inputs, self.name)
         if self.total is None:
