@@ -2,9 +2,9 @@
 
 The best bias for quantized weights Q is ``b = (W - Q) mu``, with mu the mean of the inputs. With it
 in place the error of a linear is ``(W - Q) C (W - Q)^T``, where C is the covariance of the inputs
-and not their second moment, so that is what GPTQ should minimise. This module takes the mean out of
-what a toolkit's own GPTQ object accumulates, and lets the layers that follow see the bias. What is
-stored in the end is the pass's own vectors, computed for the weights that GPTQ found.
+and not their second moment, so that is what GPTQ should minimise. This module takes the mean, all
+but a fifth, out of what a toolkit's own GPTQ object accumulates, and lets the layers that follow see
+the bias. What is stored in the end is the pass's own vectors, for the weights that GPTQ found.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from .positions import PositionTracker, call_arguments, token_index, vector_rows
 from .structure import Blocks, linears_of
 
 STATE = "_joint_inputs"
+# Of the mean's part in the Hessian so much is taken out. With all of it the weights are free to be
+# arbitrarily wrong about the mean: worth nothing without their vectors, and no better with them.
+SHARE = 0.8
 
 
 class JointGPTQ:
@@ -105,15 +108,11 @@ class CentredInputs:
         return self.total / self.count.clamp(min=1)[:, None]
 
     def finish(self, hessian: Tensor, samples: int) -> None:
-        """Make ``2 / samples * sum x x^T`` of the centred inputs their covariance, in place."""
-        rest = self.mean()[-1] - self.estimate
-        diagonal = hessian.diagonal()
-        alive = (diagonal > 0) | (self.estimate != 0).to(hessian.device)
-        hessian -= (2 / samples * self.count[-1] * rest.outer(rest)).to(hessian)
-        # A constant input has no variance, but toolkits would take its column for a dead one and
-        # set its weights to zero, for inputs that are not constant elsewhere, too.
-        floor = torch.finfo(hessian.dtype).eps * diagonal.mean()
-        diagonal[alive] = diagonal[alive].clamp(min=floor)
+        """Take the mean out of ``2 / samples * sum x x^T`` of the centred inputs, in place."""
+        mean = self.mean()[-1]
+        rest = mean - self.estimate
+        change = (1 - SHARE) * mean.outer(mean) - rest.outer(rest)
+        hessian += (2 / samples * self.count[-1] * change).to(hessian)
         self.finished = True
 
     def adopt(self, other: CentredInputs) -> None:

@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -56,9 +55,12 @@ class Measurement:
             self.source, dtype=torch.float32
         ).eval()
         self.positions = (1, 0) if name in BOTH_POSITIONS else (1,)
-        self.found: dict[str, dict] = {}
+        self.path = result_of(name, bits)
+        self.found = json.loads(self.path.read_text()) if self.path.exists() else {}
 
-    def run(self) -> dict[str, dict]:
+    def run(self) -> None:
+        if set(self.wanted()) <= set(self.found):
+            return
         self.evaluate("float", self.reference)
         if "awq" in self.toolkit.name:  # the scales it moves are known only while it runs
             for positions in self.positions:
@@ -66,7 +68,20 @@ class Measurement:
                 self.evaluate(f"BC {positions}", model)
             Compensation.attached_to(model).detach(model)
             self.evaluate("none", model)
-            return self.found
+            return
+        if not {"none", *(f"BC {positions}" for positions in self.positions)} <= set(self.found):
+            self.compensate_afterwards()
+        for positions in self.positions:
+            if f"joint {positions}" not in self.found:
+                self.evaluate(f"joint {positions}", self.quantized({"positions": positions}))
+
+    def wanted(self) -> list[str]:
+        """What this part of the table consists of."""
+        kinds = ("BC",) if "awq" in self.toolkit.name else ("BC", "joint")
+        return ["float", "none", *(f"{kind} {p}" for kind in kinds for p in self.positions)]
+
+    def compensate_afterwards(self) -> None:
+        """The same weights without and with vectors."""
         model = self.quantized(None)
         vectors = {
             positions: bc_plugin.compensate(
@@ -79,9 +94,6 @@ class Measurement:
             self.evaluate(f"BC {positions}", model)
             compensation.detach(model)
         self.evaluate("none", model)
-        for positions in self.positions:
-            self.evaluate(f"joint {positions}", self.quantized({"positions": positions}))
-        return self.found
 
     def quantized(self, flag):
         """Quantized with the toolkit's option, saved, and loaded again."""
@@ -91,9 +103,7 @@ class Measurement:
         settings = {"bits": self.bits, "group_size": GROUP_SIZE, **self.toolkit.settings}
         if self.toolkit.name == "transformers":
             settings["modules_in_block_to_quantize"] = real.TOGETHER
-        start = time.perf_counter()
         result = self.toolkit.quantize(str(self.source), self.calibration, flag, settings)
-        self.seconds = time.perf_counter() - start
         attached = Compensation.attached_to(model_of(result))
         assert (attached is not None) == (flag is not None)
         self.toolkit.save(result, folder)
@@ -102,7 +112,8 @@ class Measurement:
     def evaluate(self, variant: str, model) -> None:
         reference = None if model is self.reference else self.reference
         found = bc_plugin.evaluate(model, self.batches, reference)
-        self.found[variant] = {**found.to_dict(), "seconds": getattr(self, "seconds", 0.0)}
+        self.found[variant] = found.to_dict()
+        self.path.write_text(json.dumps(self.found))
 
 
 def result_of(name: str, bits: int) -> Path:
@@ -112,8 +123,7 @@ def result_of(name: str, bits: int) -> Path:
 def measure(name: str, bits: int) -> None:
     bc_plugin.enable()
     with TOOLKITS[name].on_cpu():
-        found = Measurement(name, bits).run()
-    result_of(name, bits).write_text(json.dumps(found))
+        Measurement(name, bits).run()
 
 
 def print_table(parts) -> None:
@@ -164,8 +174,7 @@ def main() -> None:
         python = sys.executable if TOOLKITS[name].installed else given.legacy
         if python is None:
             parser.error(f"{name} is not in this environment; pass --legacy")
-        if not result_of(name, bits).exists():
-            subprocess.run([python, __file__, "--measure", name, str(bits)], check=True)
+        subprocess.run([python, __file__, "--measure", name, str(bits)], check=True)
     print_table(parts)
 
 
