@@ -40,6 +40,7 @@ LABELS = {
     "positions=0": "+ BC afterwards, positions=0",
     "positions=1": "+ BC afterwards",
     "option": "GPTQ, bias_compensation=True",
+    "alone": "the same weights without vectors",
 }
 PLAIN_GPTQ = {"sym": False, "act_group_aware": False, "damp_percent": 0.01}
 
@@ -100,9 +101,11 @@ def evaluate_saved() -> None:
     batches = real.held_out_windows(tokenizer, LENGTH, EVALUATED)
     reference = AutoModelForCausalLM.from_pretrained(source).eval()
     found = {"float": bc_plugin.evaluate(reference, batches).to_dict()}
-    for name in LABELS:
+    for name in ("GPTQ", "positions=0", "positions=1", "option"):
         model = AutoModelForCausalLM.from_pretrained(FOLDER / name)
         found[name] = bc_plugin.evaluate(model, batches, reference).to_dict()
+    Compensation.attached_to(model).detach(model)
+    found["alone"] = bc_plugin.evaluate(model, batches, reference).to_dict()
     (FOLDER / "evaluation.json").write_text(json.dumps(found))
 
 
@@ -136,15 +139,15 @@ def print_table(console: Console, found: dict, seconds: dict[str, tuple[float, f
     megabytes = real.smollm2().joinpath("model.safetensors").stat().st_size / 1e6
     table.add_row("float32", f"{floor:.2f}", "", "0", f"{megabytes:.2f} MB", "", "")
     for name, label in LABELS.items():
-        row, (quantize, work) = found[name], seconds[name]
+        row, (quantize, work) = found[name], seconds.get(name, (0.0, 0.0))
         closed = (plain - row["perplexity"]) / (plain - floor)
         table.add_row(
             label,
             f"{row['perplexity']:.2f}",
             f"{closed:.0%}" if work else "",
             f"{row['kl']:.3f}",
-            f"{size(name) / 1e6:.2f} MB",
-            f"{quantize:.0f} s",
+            f"{size(name) / 1e6:.2f} MB" if quantize else "",
+            f"{quantize:.0f} s" if quantize else "",
             f"{work:.0f} s" if work else "",
         )
     console.print(table)
