@@ -3,8 +3,9 @@
 The best bias for quantized weights Q is ``b = (W - Q) mu``, with mu the mean of the inputs. With it
 in place the error of a linear is ``(W - Q) C (W - Q)^T``, where C is the covariance of the inputs
 and not their second moment, so that is what GPTQ should minimise. This module takes the mean, all
-but a twentieth, out of what a toolkit's own GPTQ object accumulates, and lets the layers that follow
-see the bias. What is stored in the end is the pass's own vectors, for the weights that GPTQ found.
+but a twentieth, out of what a toolkit's own GPTQ object accumulates, and lets the layers that
+follow see the bias. What is stored in the end is the pass's own vectors, for the weights that GPTQ
+found.
 """
 
 from __future__ import annotations
