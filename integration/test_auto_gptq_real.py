@@ -51,7 +51,8 @@ def test_the_option_helps_and_survives_saving(shortened, tmp_path, enabled):
     settings = {"bits": 3, "group_size": 64, **toolkit.settings}
     with toolkit.on_cpu():
         plain = model_of(toolkit.quantize(shortened, calibration, None, settings))
-        result = toolkit.quantize(shortened, calibration, True, settings)
+        # Not jointly: these blocks alone, on little data, are no better for it.
+        result = toolkit.quantize(shortened, calibration, {"joint": False}, settings)
         toolkit.save(result, tmp_path / "out")
         loaded = toolkit.load(tmp_path / "out")
     with torch.no_grad():
@@ -62,4 +63,4 @@ def test_the_option_helps_and_survives_saving(shortened, tmp_path, enabled):
     found = [
         bc_plugin.evaluate(_completed(short), batches, _float()).kl for short in (plain, loaded)
     ]
-    assert found[1] < 0.97 * found[0]
+    assert found[1] < 0.95 * found[0]
