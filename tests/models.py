@@ -37,13 +37,24 @@ ARCHITECTURES = {
     "phi3": {**ROTARY},
     "granite": {**ROTARY, "residual_multiplier": 0.5},
 }
+# Those that only export knows more about.
+EXPORTED = {
+    "smollm3": {**ROTARY},
+    "starcoder2": {**ROTARY, "use_bias": False},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "phi": {**ROTARY},
+    "gemma": {**ROTARY, "head_dim": 8},
+    "olmo": {**ROTARY},
+    "cohere": {**ROTARY},
+    "stablelm": {**ROTARY},
+}
 
 
 def tiny_model(architecture: str = "llama", seed: int = 0, **changes) -> nn.Module:
     """A random float32 model of a few thousand weights."""
     torch.manual_seed(seed)
     settings = {
-        **ARCHITECTURES[architecture],
+        **(ARCHITECTURES | EXPORTED)[architecture],
         "vocab_size": VOCABULARY,
         "pad_token_id": 0,
         "bos_token_id": 1,

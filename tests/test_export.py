@@ -21,7 +21,8 @@ WHOLE = {
     "gpt2": {},
     "gpt_neox": {"attention_bias": False},
 }
-PARTIAL = {"qwen2": {}, "qwen3": {}}
+WHOLE |= {"smollm3": {}, "starcoder2": {}, "falcon": {}, "phi": {}}
+PARTIAL = ("qwen2", "qwen3", "gemma", "gemma3_text", "olmo", "cohere", "stablelm")
 
 
 def _compensated(folder, architecture="llama", positions=0, sites=("linear", "block"), **changes):
@@ -59,7 +60,8 @@ def test_what_cannot_be_carried_is_listed_and_refused(tmp_path, architecture):
         bc_plugin.export(tmp_path / "in", tmp_path / "out")
     message = str(caught.value)
     assert "model.layers.[0-2].mlp.down_proj: " in message and "% of the error" in message
-    assert "no bias stands for the output of a block" in message
+    if ARCHITECTURES[architecture].last is None:
+        assert "no bias stands for the output of a block" in message
     assert list(tmp_path.iterdir()) == [tmp_path / "in"]
     bc_plugin.export(tmp_path / "in", tmp_path / "out", allow_partial=True)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
