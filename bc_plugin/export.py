@@ -314,8 +314,9 @@ def _verify(source: Path, exported: Path, whole: Compensation, plan: Plan, devic
             )
         found = torch.load(files[1])
     apart, effect = (found - expected).norm(), (plain - expected).norm()
+    # Widened weights run on another kernel, which may round inputs to half precision.
     rounding = 4 * torch.finfo(dtype).eps * expected.norm()
-    if not apart <= torch.maximum(0.1 * effect, rounding):
+    if not apart <= torch.maximum(0.25 * effect, rounding):
         raise BiasCompensationError(
             f"what was exported gives other logits than the plugin and has been deleted: they are "
             f"{apart:.3g} apart, where compensation moves them by {effect:.3g}. Please report this."

@@ -84,11 +84,11 @@ def test_what_vllm_has_no_kernel_for_is_refused(tmp_path, settings):
 
 
 def test_gptqmodel_loads_it_too(tmp_path):
-    folder = _compensated(tmp_path)
+    folder = _compensated(tmp_path, "gptqmodel")
     bc_plugin.export(folder, tmp_path / "out")
-    theirs = GPTQModel.load(str(tmp_path / "out"), device="cpu", dtype=torch.float32)
-    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(logits(theirs.model), logits(ours), rtol=1e-2, atol=1e-2)
+    theirs = GPTQModel.load(str(tmp_path / "out"), device="cpu").model
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=theirs.dtype)
+    assert (logits(theirs) - logits(ours)).norm() < 0.05 * logits(ours).norm()
 
 
 def test_on_the_command_line(tmp_path):
