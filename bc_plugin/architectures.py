@@ -14,6 +14,10 @@ ENGINES = ("transformers", "vllm", "llama.cpp")
 ALWAYS = ""
 
 
+def _linears(flags: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(linear for linears in flags.values() for linear in linears)
+
+
 def _plain(config: Mapping[str, Any]) -> float | None:
     return 1.0
 
@@ -40,7 +44,7 @@ class Architecture:
     @property
     def linears(self) -> tuple[str, ...]:
         """All linears that can have a bias."""
-        return tuple(linear for linears in self.flags.values() for linear in linears)
+        return _linears(self.flags)
 
 
 def _architecture(
@@ -50,8 +54,7 @@ def _architecture(
     **engines: tuple[str, ...],
 ) -> Architecture:
     """transformers reads every bias it has a flag for."""
-    everything = tuple(linear for linears in flags.values() for linear in linears)
-    return Architecture(flags, last, {"transformers": everything, **engines}, factor)
+    return Architecture(flags, last, {"transformers": _linears(flags), **engines}, factor)
 
 
 def _granite_factor(config: Mapping[str, Any]) -> float | None:

@@ -56,7 +56,6 @@ class Compensation:
         seconds: How long computing them took; None when they were loaded.
     """
 
-    joint: bool = False
     seconds: float | None = None
 
     def __init__(
@@ -66,12 +65,14 @@ class Compensation:
         positions: int,
         blocks: str,
         digest: str,
+        joint: bool = False,
     ) -> None:
         self.vectors = dict(vectors)
         self.errors = dict(errors)
         self.positions = positions
         self.blocks = blocks
         self.digest = digest
+        self.joint = joint
 
     def __repr__(self) -> str:
         return (
@@ -242,9 +243,7 @@ class Compensation:
                 "announce; the two do not belong together."
             )
         vectors = {name: tensors[name] for name in kinds}
-        compensation = cls(vectors, errors, positions, blocks, digest)
-        compensation.joint = entry.get("joint", False)
-        return compensation
+        return cls(vectors, errors, positions, blocks, digest, entry.get("joint", False))
 
     def save(self, folder: str | Path) -> Path:
         """Write the vectors alone, to ``bias_compensation.safetensors`` in ``folder``.

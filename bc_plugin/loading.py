@@ -43,18 +43,39 @@ def load_if_any(folder: str | Path) -> Compensation | None:
     return read_compensation(read_entry(folder), checkpoint_files(folder))
 
 
+def hold_for(model: nn.Module, checkpoint: str | Path) -> None:
+    """Check the compensation of a checkpoint just read, and keep it until ``attach_held``.
+
+    Between the two, kernels are initialised, which may repack the weights the digest is taken of.
+
+    Args:
+        checkpoint: The folder, or a file in it.
+    """
+    path = Path(checkpoint)
+    compensation = load_if_any(path if path.is_dir() else path.parent)
+    if compensation is not None:
+        compensation.check(model)
+        model._compensation_to_attach = compensation
+
+
+def attach_held(model: nn.Module) -> None:
+    """Attach what ``hold_for`` kept, if anything."""
+    if hasattr(model, "_compensation_to_attach"):
+        model._compensation_to_attach.attach_unchecked(model)
+        del model._compensation_to_attach
+
+
 def fit_to(compensation: Compensation, model: nn.Module) -> Compensation:
     """The same vectors under the names of ``model``, which may be a base model without a head."""
     prefix = getattr(model, "base_model_prefix", "") + "."
     names = {name for name, _ in model.named_modules()}
     if compensation.blocks in names or not compensation.blocks.startswith(prefix):
         return compensation
-    fitted = Compensation(
+    return Compensation(
         {name.removeprefix(prefix): v for name, v in compensation.vectors.items()},
         {name.removeprefix(prefix): e for name, e in compensation.errors.items()},
         compensation.positions,
         compensation.blocks.removeprefix(prefix),
         compensation.digest,
+        compensation.joint,
     )
-    fitted.joint = compensation.joint
-    return fitted

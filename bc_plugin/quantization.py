@@ -45,6 +45,13 @@ def flag_of(config: Any) -> BiasCompensationConfig | None:
     return None if is_entry(value) else BiasCompensationConfig.parse(value)
 
 
+def override_flag(config: Any, kwargs: dict[str, Any]) -> None:
+    """Let the keyword of a toolkit's ``quantize``, where given, replace the config's request."""
+    if KEY in kwargs:
+        vars(config).pop(KEY, None)
+        set_flag(config, kwargs.pop(KEY))
+
+
 # Functions deep inside a toolkit's run find what belongs to it here.
 _running: ContextVar[CompensatedQuantization | None] = ContextVar("running", default=None)
 
@@ -140,3 +147,11 @@ def calibration_is_ready(wrapped, instance, args, kwargs):
     if run is not None and run.calibration is None:
         run.start(batches)
     return batches
+
+
+def config_to_dict(wrapped, config, args, kwargs):
+    """Wrapper for the ``to_dict`` of a config that lists its own fields only."""
+    settings = wrapped(*args, **kwargs)
+    if hasattr(config, KEY):
+        settings[KEY] = getattr(config, KEY)
+    return settings

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .patching import argument
+
 RECORD = "_rescaling"
 
 
@@ -48,3 +50,9 @@ def record(block: nn.Module, scales: Iterable[tuple[Any, ...]]) -> None:
     rescaling = vars(block).get(RECORD)
     if rescaling is not None:
         rescaling.add(block, scales)
+
+
+def scales_are_applied(wrapped, instance, args, kwargs):
+    """Wrapper for ``apply_scale(module, scales_list, ...)``, as all AWQ toolkits have it."""
+    record(argument("module", 0, args, kwargs), argument("scales_list", 1, args, kwargs))
+    return wrapped(*args, **kwargs)

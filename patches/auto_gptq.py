@@ -13,7 +13,14 @@ from bc_plugin.joint import centred_inputs, weight_of
 from bc_plugin.loading import read_compensation
 from bc_plugin.names import KEY
 from bc_plugin.patching import Patch, Toolkit, argument
-from bc_plugin.quantization import CompensatedQuantization, calibration_is_ready, flag_of, set_flag
+from bc_plugin.quantization import (
+    CompensatedQuantization,
+    calibration_is_ready,
+    config_to_dict,
+    flag_of,
+    override_flag,
+    set_flag,
+)
 
 # The files of the checkpoint that from_quantized is reading.
 _files: ContextVar[list[Path] | None] = ContextVar("files", default=None)
@@ -34,17 +41,8 @@ def _config_from_pretrained(wrapped, cls, args, kwargs):
     return cls(**{name: value for name, value in settings.items() if name in known})
 
 
-def _config_to_dict(wrapped, config, args, kwargs):
-    settings = wrapped(*args, **kwargs)
-    if hasattr(config, KEY):
-        settings[KEY] = getattr(config, KEY)
-    return settings
-
-
 def _quantize(wrapped, gptq, args, kwargs):
-    if KEY in kwargs:
-        vars(gptq.quantize_config).pop(KEY, None)
-        set_flag(gptq.quantize_config, kwargs.pop(KEY))
+    override_flag(gptq.quantize_config, kwargs)
     config = flag_of(gptq.quantize_config)
     if config is None:
         return wrapped(*args, **kwargs)
@@ -128,7 +126,7 @@ AUTO_GPTQ = Toolkit(
     patches=(
         Patch(f"{CONFIG}.__init__", _config_init, ("bits", "group_size")),
         Patch(f"{CONFIG}.from_pretrained", _config_from_pretrained, ("save_dir",)),
-        Patch(f"{CONFIG}.to_dict", _config_to_dict),
+        Patch(f"{CONFIG}.to_dict", config_to_dict),
         Patch(f"{MODEL}.quantize", _quantize, ("examples", "batch_size")),
         Patch(f"{MODEL}._prepare_examples_for_quantization", calibration_is_ready, ("examples",)),
         Patch(f"{GPTQ}.add_batch", _add_batch, ("inp", "out")),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from pathlib import Path
 
 from bc_plugin.config import BiasCompensationConfig
 from bc_plugin.errors import BiasCompensationError
-from bc_plugin.loading import load_if_any
+from bc_plugin.loading import hold_for
 from bc_plugin.names import KEY
 from bc_plugin.patching import Patch, Toolkit, argument
 from bc_plugin.quantization import (
@@ -17,7 +16,7 @@ from bc_plugin.quantization import (
     is_entry,
     set_flag,
 )
-from bc_plugin.rescaling import record
+from bc_plugin.rescaling import scales_are_applied
 
 # Quantizing
 
@@ -53,11 +52,6 @@ def _quantize(wrapped, awq, args, kwargs):
     return result
 
 
-def _apply_scale(wrapped, instance, args, kwargs):
-    record(argument("module", 0, args, kwargs), argument("scales_list", 1, args, kwargs))
-    return wrapped(*args, **kwargs)
-
-
 # Loading
 
 
@@ -78,7 +72,7 @@ def _from_quantized(wrapped, cls, args, kwargs):
         )
         given.arguments["fuse_layers"] = False
     awq = wrapped(*given.args, **given.kwargs)
-    awq.model._compensation_to_attach.attach_unchecked(awq.model)
+    awq.model._compensation_to_attach.attach_unchecked(awq.model)  # not there: an error
     del awq.model._compensation_to_attach
     set_flag(awq.quant_config, entry)
     return awq
@@ -86,12 +80,7 @@ def _from_quantized(wrapped, cls, args, kwargs):
 
 def _load_checkpoint(wrapped, instance, args, kwargs):
     model = wrapped(*args, **kwargs)
-    checkpoint = Path(argument("checkpoint", 1, args, kwargs))
-    compensation = load_if_any(checkpoint if checkpoint.is_dir() else checkpoint.parent)
-    if compensation is not None:
-        # Before the kernels' initialisation, which may repack the weights the digest is taken of.
-        compensation.check(model)
-        model._compensation_to_attach = compensation
+    hold_for(model, argument("checkpoint", 1, args, kwargs))
     return model
 
 
@@ -107,7 +96,7 @@ AUTOAWQ = Toolkit(
         Patch(f"{CONFIG}.to_transformers_dict", _config_to_transformers),
         Patch(f"{MODEL}.quantize", _quantize, ("quant_config", "export_compatible")),
         Patch(f"{QUANTIZER}:get_calib_dataset", calibration_is_ready, ("data",)),
-        Patch(f"{QUANTIZER}:apply_scale", _apply_scale, ("module", "scales_list")),
+        Patch(f"{QUANTIZER}:apply_scale", scales_are_applied, ("module", "scales_list")),
         Patch(f"{MODEL}.from_quantized", _from_quantized, ("model_path", "fuse_layers")),
         Patch(
             "awq.models.base:load_checkpoint_and_dispatch",

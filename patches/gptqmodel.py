@@ -5,24 +5,24 @@ Optimum quantizes with its GPTQ object, too.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from bc_plugin.checkpoint import read_settings
 from bc_plugin.compensation import Compensation
 from bc_plugin.config import BiasCompensationConfig
 from bc_plugin.errors import BiasCompensationError
 from bc_plugin.joint import centred_inputs, weight_of
-from bc_plugin.loading import load_if_any
+from bc_plugin.loading import attach_held, hold_for, load_if_any
 from bc_plugin.names import KEY
 from bc_plugin.patching import Patch, Toolkit, argument
 from bc_plugin.quantization import (
     CompensatedQuantization,
     calibration_is_ready,
+    config_to_dict,
     flag_of,
     is_entry,
+    override_flag,
     set_flag,
 )
-from bc_plugin.rescaling import record
+from bc_plugin.rescaling import scales_are_applied
 from bc_plugin.saving import plain_vectors, put_vectors, take_vectors
 from bc_plugin.stream import copy_of
 
@@ -81,18 +81,9 @@ def _make_config(wrapped, cls, args, kwargs):
     return config
 
 
-def _config_to_dict(wrapped, config, args, kwargs):
-    settings = wrapped(*args, **kwargs)
-    if hasattr(config, KEY):
-        settings[KEY] = getattr(config, KEY)
-    return settings
-
-
 def _quantize(wrapped, qmodel, args, kwargs):
     settings = qmodel.quantize_config
-    if KEY in kwargs:
-        vars(settings).pop(KEY, None)
-        set_flag(settings, kwargs.pop(KEY))
+    override_flag(settings, kwargs)
     config = flag_of(settings)
     if config is None:
         return wrapped(*args, **kwargs)
@@ -121,11 +112,6 @@ def _as_loaded(block, qmodel):
         # As its loader does. Until then the kernels of the model in memory misread zero points.
         convert_gptq_v1_to_v2_format(block, settings, qmodel.qlinear_kernel)
     return block.to(settings.device.type)
-
-
-def _apply_scale(wrapped, instance, args, kwargs):
-    record(argument("module", 0, args, kwargs), argument("scales_list", 1, args, kwargs))
-    return wrapped(*args, **kwargs)
 
 
 # Saving and loading
@@ -165,21 +151,13 @@ def _from_quantized(wrapped, cls, args, kwargs):
 
 def _load_checkpoint(wrapped, instance, args, kwargs):
     result = wrapped(*args, **kwargs)
-    model = argument("model", 0, args, kwargs)
-    checkpoint = Path(argument("checkpoint", 1, args, kwargs))
-    compensation = load_if_any(checkpoint if checkpoint.is_dir() else checkpoint.parent)
-    if compensation is not None:
-        # Before the kernels' initialisation, which may repack the weights the digest is taken of.
-        compensation.check(model)
-        model._compensation_to_attach = compensation
+    hold_for(argument("model", 0, args, kwargs), argument("checkpoint", 1, args, kwargs))
     return result
 
 
 def _post_init(wrapped, instance, args, kwargs):
     model = wrapped(*args, **kwargs)
-    if hasattr(model, "_compensation_to_attach"):
-        model._compensation_to_attach.attach_unchecked(model)
-        del model._compensation_to_attach
+    attach_held(model)
     return model
 
 
@@ -197,11 +175,13 @@ GPTQMODEL = Toolkit(
         Patch(f"{GPTQ}.finalize_hessian", _finalize_hessian),
         Patch(f"{GPTQ}.quantize", _gptq_quantize),
         Patch(f"{CONFIG}:QuantizeConfigMeta.__call__", _make_config, ("kwargs",)),
-        Patch(f"{CONFIG}:BaseQuantizeConfig.to_dict", _config_to_dict),
+        Patch(f"{CONFIG}:BaseQuantizeConfig.to_dict", config_to_dict),
         Patch(f"{MODEL}.quantize", _quantize, ("calibration",)),
         Patch(f"{MODEL}.prepare_dataset", calibration_is_ready, ("calibration_dataset",)),
         Patch(
-            "gptqmodel.looper.awq_processor:apply_scale", _apply_scale, ("module", "scales_list")
+            "gptqmodel.looper.awq_processor:apply_scale",
+            scales_are_applied,
+            ("module", "scales_list"),
         ),
         Patch(f"{MODEL}.save_quantized", _save_quantized, ("save_dir",)),
         Patch(f"{MODEL}.get_model_with_quantize", _model_to_save, ("model_id_or_path",)),

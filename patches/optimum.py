@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from bc_plugin.loading import load_if_any
+from bc_plugin.loading import attach_held, hold_for
 from bc_plugin.names import KEY
 from bc_plugin.patching import Patch, Toolkit, argument
 from bc_plugin.quantization import (
@@ -47,20 +45,13 @@ def _save(wrapped, quantizer, args, kwargs):
 def _load_checkpoint(wrapped, instance, args, kwargs):
     # load_quantized_model itself may have been imported by name before enable().
     model = wrapped(*args, **kwargs)
-    checkpoint = Path(argument("checkpoint", 1, args, kwargs))
-    compensation = load_if_any(checkpoint if checkpoint.is_dir() else checkpoint.parent)
-    if compensation is not None:
-        # Before the kernels' initialisation, which may repack the weights the digest is taken of.
-        compensation.check(model)
-        model._compensation_to_attach = compensation
+    hold_for(model, argument("checkpoint", 1, args, kwargs))
     return model
 
 
 def _post_init_model(wrapped, quantizer, args, kwargs):
     model = wrapped(*args, **kwargs)
-    if hasattr(model, "_compensation_to_attach"):
-        model._compensation_to_attach.attach_unchecked(model)
-        del model._compensation_to_attach
+    attach_held(model)
     return model
 
 
