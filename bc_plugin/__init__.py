@@ -6,17 +6,24 @@ from .config import BiasCompensationConfig
 from .errors import BiasCompensationError
 from .evaluate import Evaluation, evaluate
 from .export import export
+from .float_logits import FloatLogits
 from .patching import disable, enable, enabled
+from .refine import record_float_logits, refine
+from .refinement import RefinementConfig
 
 __all__ = [
     "BiasCompensationConfig",
     "BiasCompensationError",
     "Compensation",
     "Evaluation",
+    "FloatLogits",
+    "RefinementConfig",
     "compensate",
     "disable",
     "enable",
     "enabled",
     "evaluate",
     "export",
+    "record_float_logits",
+    "refine",
 ]

@@ -48,21 +48,41 @@ class AttachedSite:
         delattr(self.module, VECTOR)
 
 
-class CompensatedForward:
-    """A module's forward, with each token's row of the module's vectors added to the output.
+class ReplacedForward:
+    """Something in place of a module's forward, until ``undo``.
 
-    In place of ``module.forward`` rather than as a hook: hooks take PyTorch's slow path, which
-    costs more than the addition when single tokens are decoded, and run in an order of their own.
+    Rather than a hook: hooks take PyTorch's slow path, which costs more than adding a vector when
+    single tokens are decoded, and run in an order of their own.
     """
 
-    def __init__(self, module: nn.Module, tracker: PositionTracker, shared_is_merged: bool) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.tracker = tracker
-        self.shared_is_merged = shared_is_merged
         self.replaced = vars(module).get("forward")  # accelerate puts one there, too
         self.plain = module.forward
         self.undone = False
         module.forward = self.run
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """What is called in the forward's place."""
+        raise NotImplementedError
+
+    def undo(self) -> None:
+        """Give the module its own forward back."""
+        if vars(self.module).get("forward") != self.run:
+            self.undone = True  # something else has wrapped it since and holds on to it
+        elif self.replaced is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.replaced
+
+
+class CompensatedForward(ReplacedForward):
+    """A module's forward, with each token's row of the module's vectors added to the output."""
+
+    def __init__(self, module: nn.Module, tracker: PositionTracker, shared_is_merged: bool) -> None:
+        super().__init__(module)
+        self.tracker = tracker
+        self.shared_is_merged = shared_is_merged
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, compensated."""
@@ -83,15 +103,6 @@ class CompensatedForward:
             vectors = wide - wide[-1]
         rows = rows.to(hidden.device).reshape(hidden.shape[:-1])
         return hidden + vectors.to(hidden.dtype)[rows]
-
-    def undo(self) -> None:
-        """Give the module its own forward back."""
-        if vars(self.module).get("forward") != self.run:
-            self.undone = True  # something else has wrapped it since and holds on to it
-        elif self.replaced is None:
-            del self.module.forward
-        else:
-            self.module.forward = self.replaced
 
 
 class MergedBias:

@@ -1,4 +1,4 @@
-"""``bc-plugin``: quantize, compensate, evaluate and inspect from the command line."""
+"""``bc-plugin``: quantize, compensate, refine, export, evaluate and inspect."""
 
 from __future__ import annotations
 
@@ -159,6 +159,61 @@ def compensate(
 
 
 @app.command()
+def refine(
+    compensated: Annotated[Path, typer.Argument(metavar="COMPENSATED", help="A checkpoint.")],
+    float_model: Annotated[str, typer.Argument(metavar="FLOAT", help="The model it came from.")],
+    out: Out,
+    dataset: Dataset,
+    steps: Annotated[int, typer.Option(help="Steps of training; by block, in each.")] = 64,
+    by: Annotated[str, typer.Option(help="Compare the `model`, or each `block`.")] = "model",
+    learning_rate: Annotated[float, typer.Option(help="Change per step, as a share.")] = 0.1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    ] = False,
+    mixed_precision: Annotated[str, typer.Option(help="`no` or `bf16`.")] = "no",
+    samples: Samples = 128,
+    length: Length = 512,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = "auto",
+) -> None:
+    """Train the vectors of a compensated checkpoint against the float model.
+
+    A run that is stopped leaves OUT.refining; the same command goes on from there.
+
+    Example: `bc-plugin refine ./compensated ./SmolLM2-135M ./refined --dataset text.txt`
+    """
+    from . import Compensation, RefinementConfig, enable, record_float_logits
+    from . import refine as run
+    from .calibration import read_text, windows
+
+    enable("transformers")
+    config = RefinementConfig(
+        steps=steps,
+        by=by,
+        learning_rate=learning_rate,
+        gradient_checkpointing=gradient_checkpointing,
+        mixed_precision=mixed_precision,
+    )
+    started = out.with_name(f"{out.name}.refining")
+    with new_folder(out) as part:
+        tokenizer = _tokenizer(float_model)
+        calibration = windows(read_text(dataset), tokenizer, length, samples)
+        reference = _load(float_model, dtype, device_map)
+        if by == "model":  # what it predicts is all that is needed of it
+            logits = started / "float_logits"
+            reference = record_float_logits(reference, calibration, config, folder=logits)
+        model = _load(str(compensated), dtype, device_map)
+        if Compensation.attached_to(model) is None:
+            raise BiasCompensationError(
+                f"{compensated} is not compensated; start with `bc-plugin compensate`."
+            )
+        run(model, reference, calibration, config, folder=started)
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    _print_sites(out, by_group=True)
+
+
+@app.command()
 def export(
     compensated: Annotated[Path, typer.Argument(metavar="COMPENSATED", help="With positions=0.")],
     out: Out,
@@ -271,6 +326,13 @@ def _print_sites(folder: Path, by_group: bool) -> None:
         f"joint={compensation.joint}. "
         "Errors are mean squared differences from the float model's output, per value."
     )
+    if compensation.refined is not None:
+        console.print(
+            "Refined by {by} in {steps} steps: loss on held-out sequences {before:.4g}, then "
+            "{after:.4g}. The errors are those of the vectors it started from.".format(
+                **compensation.refined
+            )
+        )
 
 
 def _mean(values: list[float | None]) -> str:

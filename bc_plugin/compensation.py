@@ -53,6 +53,8 @@ class Compensation:
         blocks: Path of the list of blocks.
         digest: Of the quantized weights that the vectors belong to.
         joint: Whether the quantizer knew that they would follow, and minimised what they leave.
+        refined: How they were trained after the closed form, which ``errors`` are of: ``by``,
+            ``steps``, and the loss ``before`` and ``after`` on held-out sequences. None if not.
         seconds: How long computing them took; None when they were loaded.
     """
 
@@ -66,6 +68,7 @@ class Compensation:
         blocks: str,
         digest: str,
         joint: bool = False,
+        refined: Mapping[str, Any] | None = None,
     ) -> None:
         self.vectors = dict(vectors)
         self.errors = dict(errors)
@@ -73,6 +76,7 @@ class Compensation:
         self.blocks = blocks
         self.digest = digest
         self.joint = joint
+        self.refined = refined
 
     def __repr__(self) -> str:
         return (
@@ -194,6 +198,7 @@ class Compensation:
             "blocks": self.blocks,
             "sites": sites,
             "joint": self.joint,
+            "refined": self.refined,
             "digest": self.digest,
             "errors": errors,
         }
@@ -243,7 +248,8 @@ class Compensation:
                 "announce; the two do not belong together."
             )
         vectors = {name: tensors[name] for name in kinds}
-        return cls(vectors, errors, positions, blocks, digest, entry.get("joint", False))
+        joint, refined = entry.get("joint", False), entry.get("refined")
+        return cls(vectors, errors, positions, blocks, digest, joint, refined)
 
     def save(self, folder: str | Path) -> Path:
         """Write the vectors alone, to ``bias_compensation.safetensors`` in ``folder``.

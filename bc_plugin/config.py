@@ -9,6 +9,7 @@ from typing import Any, Literal
 from .errors import BiasCompensationError
 
 SITES = ("linear", "block")
+BY = ("model", "block")
 DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 
 
@@ -34,6 +35,9 @@ class BiasCompensationConfig:
         max_tokens: Calibration tokens used, spread over the data; None for all. A mean needs far
             fewer than a Hessian: 4,096 gave the same perplexity as 16,384 on a 135M model.
         batch_tokens: Tokens per forward pass. Changes speed and memory, not the result.
+        refine_steps: Train the vectors so many steps against the float model, starting from the
+            closed form; see ``bc_plugin.refine``. 0 leaves them as they are.
+        refine: What the training compares, ``"model"`` or ``"block"``.
         dtype: Type the vectors are stored in. ``"auto"`` takes two bytes per value: bfloat16 for
             bfloat16 models, float16 otherwise, float32 for a vector that float16 cannot hold.
 
@@ -49,6 +53,8 @@ class BiasCompensationConfig:
     keep_only_if_better: bool = False
     max_tokens: int | None = 8192
     batch_tokens: int = 4096
+    refine_steps: int = 0
+    refine: Literal["model", "block"] = "model"
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
@@ -73,6 +79,8 @@ class BiasCompensationConfig:
         )
         self._require(self.max_tokens is None or self.max_tokens > 0, "max_tokens", "above 0")
         self._require(self.batch_tokens > 0, "batch_tokens", "above 0")
+        self._require(self.refine_steps >= 0, "refine_steps", "0 or above")
+        self._require(self.refine in BY, "refine", f"one of {BY}")
         self._require(self.dtype in DTYPES, "dtype", f"one of {DTYPES}")
 
     def _require(self, holds: bool, name: str, expected: str) -> None:

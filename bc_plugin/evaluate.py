@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
 from .errors import BiasCompensationError
+from .structure import device_of
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,12 @@ def evaluate(
     loss = divergence = 0.0
     tokens = agreeing = 0
     for batch in tqdm(list(batches), desc="Evaluating", leave=False):
-        ids = batch["input_ids"]
-        mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
-        # A token counts when it is real and so is the one it is predicted from.
-        counted = (mask[:, 1:] & mask[:, :-1]).flatten()
-        log_p = _log_probabilities(model, batch)[counted]
-        targets = ids[:, 1:].flatten()[counted].to(log_p.device)
+        log_p = next_token_log_probabilities(model, batch)
+        targets = batch["input_ids"][:, 1:][_predicted(batch)].to(log_p.device)
         loss += functional.nll_loss(log_p, targets, reduction="sum").double().item()
         tokens += len(targets)
         if reference is not None:
-            log_q = _log_probabilities(reference, batch)[counted].to(log_p.device)
+            log_q = next_token_log_probabilities(reference, batch).to(log_p.device)
             divergence += functional.kl_div(log_p, log_q, reduction="sum", log_target=True).item()
             agreeing += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
     if tokens == 0:
@@ -76,7 +73,16 @@ def evaluate(
     return Evaluation(perplexity, tokens, divergence / tokens, agreeing / tokens)
 
 
-def _log_probabilities(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    device = next(model.parameters()).device
+def next_token_log_probabilities(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Tensor:
+    """What ``model`` predicts for each next token that counts, float32 (tokens, vocabulary)."""
+    device = device_of(model)
     logits = model(**{key: value.to(device) for key, value in batch.items()}).logits
-    return functional.log_softmax(logits[:, :-1].float(), dim=-1).flatten(0, 1)
+    predicted = _predicted(batch).to(logits.device)
+    return functional.log_softmax(logits[:, :-1][predicted].float(), dim=-1)
+
+
+def _predicted(batch: Mapping[str, torch.Tensor]) -> Tensor:
+    """Which next tokens count, (batch, length - 1): real ones predicted from real ones."""
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    return mask[:, 1:] & mask[:, :-1]

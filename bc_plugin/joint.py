@@ -2,10 +2,9 @@
 
 The best bias for quantized weights Q is ``b = (W - Q) mu``, with mu the mean of the inputs. With it
 in place the error of a linear is ``(W - Q) C (W - Q)^T``, where C is the covariance of the inputs
-and not their second moment, so that is what GPTQ should minimise. This module takes the mean, all
-but a twentieth, out of what a toolkit's own GPTQ object accumulates, and lets the layers that
-follow see the bias. What is stored in the end is the pass's own vectors, for the weights that GPTQ
-found.
+and not their second moment, so that is what GPTQ should minimise. This module takes the mean out
+of what a toolkit's own GPTQ object accumulates, and lets the layers that follow see the bias. What
+is stored in the end is the pass's own vectors, for the weights that GPTQ found.
 """
 
 from __future__ import annotations
@@ -20,9 +19,6 @@ from .positions import PositionTracker, call_arguments, token_index, vector_rows
 from .structure import Blocks, linears_of
 
 STATE = "_joint_inputs"
-# Of the mean's part in the Hessian so much is taken out. With all of it the weights are free to be
-# arbitrarily wrong about the mean: worth nothing without their vectors, and no better with them.
-SHARE = 0.95
 
 
 class JointGPTQ:
@@ -110,10 +106,8 @@ class CentredInputs:
 
     def finish(self, hessian: Tensor, samples: int) -> None:
         """Take the mean out of ``2 / samples * sum x x^T`` of the centred inputs, in place."""
-        mean = self.mean()[-1]
-        rest = mean - self.estimate
-        change = (1 - SHARE) * mean.outer(mean) - rest.outer(rest)
-        hessian += (2 / samples * self.count[-1] * change).to(hessian)
+        rest = self.mean()[-1] - self.estimate
+        hessian -= (2 / samples * self.count[-1] * rest.outer(rest)).to(hessian)
         self.finished = True
 
     def adopt(self, other: CentredInputs) -> None:

@@ -78,4 +78,5 @@ def fit_to(compensation: Compensation, model: nn.Module) -> Compensation:
         compensation.blocks.removeprefix(prefix),
         compensation.digest,
         compensation.joint,
+        compensation.refined,
     )

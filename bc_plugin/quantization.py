@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -14,8 +15,11 @@ from .compensation import Compensation
 from .config import BiasCompensationConfig
 from .errors import BiasCompensationError
 from .float_blocks import BlockSnapshot
+from .float_logits import FloatLogits
 from .joint import JointGPTQ
 from .names import KEY
+from .refine import record_float_logits, refined
+from .refinement import RefinementConfig
 from .rescaling import RECORD, Rescaling
 from .stream import call_model, copy_of
 from .structure import device_of, find_blocks
@@ -71,13 +75,20 @@ class CompensatedQuantization:
         self.float_blocks: BlockSnapshot | None = None
         self.joint: JointGPTQ | None = None
         self.rescalings: dict[str, Rescaling] = {}
+        self.refinement: RefinementConfig | None = None
+        if config.refine_steps:
+            self.refinement = RefinementConfig(steps=config.refine_steps, by=config.refine)
+        self.float_logits: FloatLogits | None = None
 
     def __enter__(self) -> CompensatedQuantization:
         self._token = _running.set(self)
+        self._scratch = tempfile.TemporaryDirectory()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         _running.reset(self._token)
+        if exception[0] is not None:
+            self._scratch.cleanup()
         self._leave_model()
 
     def _leave_model(self) -> None:
@@ -93,6 +104,10 @@ class CompensatedQuantization:
             for batch in calibration
         ]
         positions = self._check()
+        if self.refinement is not None and self.refinement.by == "model":
+            self.float_logits = record_float_logits(
+                self.model, self.calibration, self.refinement, folder=self._scratch.name
+            )
         self.float_blocks = BlockSnapshot(self.model, self.blocks)
         if self.config.joint and "linear" in self.config.sites:
             self.joint = JointGPTQ(self.model, self.blocks, positions)
@@ -136,6 +151,16 @@ class CompensatedQuantization:
             as_loaded=as_loaded,
         )
         compensation.joint = self.joint is not None and self.joint.quantized > 0
+        with self._scratch:
+            if self.refinement is not None:
+                compensation = refined(
+                    quantized,
+                    compensation,
+                    self.float_logits or self.float_blocks,
+                    self.calibration,
+                    self.refinement,
+                    as_loaded=as_loaded,
+                )
         compensation.attach(quantized)
         return compensation
 

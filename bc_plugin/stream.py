@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +68,16 @@ def copy_of(block: nn.Module) -> nn.Module:
     could not be saved afterwards. A block that accelerate moves about is returned itself."""
     dispatched = any(hasattr(module, "_hf_hook") for module in block.modules())
     return block if dispatched else copy.deepcopy(block)
+
+
+def twin_of(
+    model: nn.Module, blocks: Blocks, as_loaded: Callable[[nn.Module], nn.Module] = copy_of
+) -> nn.Module:
+    """A copy of a whole model to run, with each block as ``as_loaded`` gives it."""
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return model
+    modules = [model.get_submodule(name) for name in blocks.names]
+    return copy.deepcopy(model, {id(module): as_loaded(module) for module in modules})
 
 
 @contextmanager

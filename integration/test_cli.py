@@ -75,6 +75,25 @@ def test_a_joint_checkpoint_keeps_its_linears_vectors(folder, tmp_path):
     assert Compensation.load(tmp_path / "new").joint
 
 
+def test_refine_takes_a_compensated_checkpoint(folder, tmp_path):
+    arguments = (folder / "float", tmp_path / "new", "--dataset", folder / "text.txt", *DATA)
+    out = _run("refine", folder / "out", *arguments, "--steps", 2, "--by", "block")
+    assert "Refined by block in 2 steps" in out
+    refined = Compensation.load(tmp_path / "new")
+    assert refined.joint and refined.digest == Compensation.load(folder / "out").digest
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    (tmp_path / "new").rename(tmp_path / "first")
+    out = _run("refine", tmp_path / "first", *arguments, "--steps", 2)
+    assert "Refined by model in 2 steps" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "new"]
+
+
+def test_refine_wants_a_compensated_checkpoint(folder, tmp_path):
+    arguments = (folder / "float", tmp_path / "new", "--dataset", folder / "text.txt", *DATA)
+    with pytest.raises(BiasCompensationError, match="bc-plugin compensate"):
+        _run("refine", folder / "float", *arguments)
+
+
 def test_evaluate(folder):
     arguments = ("evaluate", folder / "out", "--dataset", folder / "text.txt", *DATA, "--json")
     alone = json.loads(_run(*arguments))

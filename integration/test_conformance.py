@@ -171,6 +171,19 @@ def test_joint_quantization_leaves_less_to_compensate(toolkit, source, saved, en
     assert sum(ratio) / len(ratio) < 1.0
 
 
+@pytest.mark.parametrize("by", ["model", "block"])
+def test_vectors_are_refined_in_the_same_run(toolkit, source, tmp_path, enabled, by):
+    flag = {**FLAG, "refine_steps": 2, "refine": by}
+    result = _quantize(toolkit, source, flag)
+    compensation = Compensation.attached_to(model_of(result))
+    assert compensation.refined["by"] == by and compensation.refined["steps"] == 2
+    assert compensation.refined["after"] <= compensation.refined["before"]
+    toolkit.save(result, tmp_path / "out")
+    loaded = Compensation.attached_to(toolkit.load(tmp_path / "out"))
+    assert loaded.refined == compensation.refined
+    assert all(torch.equal(loaded.vectors[n], v) for n, v in compensation.vectors.items())
+
+
 def test_disable_leaves_no_trace(toolkit):
     def everything():
         return {

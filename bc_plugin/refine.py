@@ -1,0 +1,138 @@
+"""Vectors trained against the float model, from the closed form on; weights stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .compensation import Compensation
+from .errors import BiasCompensationError
+from .float_blocks import BlockSnapshot
+from .float_logits import FloatLogits
+from .optimize import Outcome, Progress, checksum
+from .refine_blocks import refined_by_block
+from .refine_model import refined_by_model
+from .refinement import RefinementConfig, RefinementData
+from .stream import copy_of
+
+
+def refine(
+    model: nn.Module,
+    float_model: nn.Module | FloatLogits | BlockSnapshot,
+    calibration: Iterable[Any],
+    config: RefinementConfig | None = None,
+    *,
+    folder: str | Path | None = None,
+) -> Compensation:
+    """Train the vectors of a compensated model; the new ones take the old ones' place.
+
+    Args:
+        model: Compensated, with its vectors attached.
+        float_model: The model it came from. With ``by="model"`` what ``record_float_logits`` wrote
+            will do, so that both models need not be in memory together.
+        calibration: Model inputs, ``{"input_ids", "attention_mask"}``, as for ``compensate``.
+        folder: Where to keep what a stopped run has reached: called again with the same arguments
+            it goes on from there. Deleted at the end. None keeps nothing.
+
+    Returns:
+        The new compensation, of the same shapes and types. On held-out sequences it is at least as
+        good as the old one.
+
+    Raises:
+        BiasCompensationError: the model is not compensated, there are fewer than two sequences,
+            ``folder`` is another run's, or the loss is not finite.
+    """
+    compensation = Compensation.attached_to(model)
+    if compensation is None:
+        raise BiasCompensationError(
+            "the model is not compensated; refinement starts from a compensation, see "
+            "bc_plugin.compensate."
+        )
+    compensation.detach(model)
+    result = compensation
+    try:
+        result = refined(model, compensation, float_model, calibration, config, folder=folder)
+    finally:
+        result.attach_unchecked(model)
+    return result
+
+
+def record_float_logits(
+    float_model: nn.Module,
+    calibration: Iterable[Any],
+    config: RefinementConfig | None = None,
+    *,
+    folder: str | Path,
+) -> FloatLogits:
+    """Write what the float model predicts for the calibration data, for ``refine``.
+
+    Args:
+        folder: A safetensors file per batch goes there; those already written are kept.
+    """
+    config = config or RefinementConfig()
+    return FloatLogits.record(
+        float_model, RefinementData(calibration, config).batches, folder, config.top_k
+    )
+
+
+def refined(
+    model: nn.Module,
+    compensation: Compensation,
+    float_model: nn.Module | FloatLogits | BlockSnapshot,
+    calibration: Iterable[Any],
+    config: RefinementConfig | None = None,
+    *,
+    folder: str | Path | None = None,
+    as_loaded: Callable[[nn.Module], nn.Module] = copy_of,
+) -> Compensation:
+    """``refine`` for a model whose compensation is not attached, and stays so.
+
+    Args:
+        as_loaded: Makes of a quantized block the copy that is run.
+    """
+    config = config or RefinementConfig()
+    data = RefinementData(calibration, config)
+    progress = Progress(
+        None if folder is None else Path(folder),
+        {
+            **asdict(config),
+            "digest": compensation.digest,
+            "vectors": checksum(compensation.vectors.values()),
+            "tokens": checksum(batch["input_ids"] for batch in data.batches),
+        },
+    )
+    by = {"model": refined_by_model, "block": refined_by_block}[config.by]
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        outcome = by(model, compensation, float_model, data, config, progress, as_loaded)
+    progress.delete()
+    return _with_vectors(compensation, outcome, config)
+
+
+def _with_vectors(
+    compensation: Compensation, outcome: Outcome, config: RefinementConfig
+) -> Compensation:
+    """The same compensation with what training came to, in the types it had."""
+    vectors = {}
+    for name, vector in outcome.vectors.items():
+        stored = vector.to(compensation.vectors[name].dtype)
+        vectors[name] = (stored if bool(torch.isfinite(stored).all()) else vector).cpu()
+    refined_with = {
+        "by": config.by,
+        "steps": outcome.steps,
+        "before": outcome.before,
+        "after": outcome.after,
+    }
+    return Compensation(
+        vectors,
+        compensation.errors,
+        compensation.positions,
+        compensation.blocks,
+        compensation.digest,
+        compensation.joint,
+        refined_with,
+    )

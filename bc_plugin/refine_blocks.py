@@ -1,0 +1,129 @@
+"""Vectors trained block by block, for models that do not fit: one block in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .compensation import Compensation
+from .errors import BiasCompensationError
+from .float_blocks import BlockSnapshot, LiveBlocks
+from .optimize import Outcome, Progress, Training
+from .positions import PositionTracker
+from .refinement import RefinementConfig, RefinementData
+from .stream import BlockCalls, record_calls
+from .structure import device_of, dtype_of, find_blocks
+from .training import differentiable, frozen, merged_blocks, trained
+
+
+def refined_by_block(
+    model: nn.Module,
+    compensation: Compensation,
+    float_model: nn.Module | BlockSnapshot,
+    data: RefinementData,
+    config: RefinementConfig,
+    progress: Progress,
+    as_loaded: Callable[[nn.Module], nn.Module],
+) -> Outcome:
+    """Minimise the error of every block's output, from the first to the last.
+
+    A block is fed what the compensated blocks before it give, and compared with what the float
+    block gives for the float model's input: it also learns to undo the error that reaches it.
+    """
+    live = isinstance(float_model, nn.Module)
+    if not live and not isinstance(float_model, BlockSnapshot):
+        raise BiasCompensationError(
+            f'by="block" compares blocks with those of the float model; pass that, not a '
+            f"{type(float_model).__name__}."
+        )
+    blocks = find_blocks(model, compensation.blocks)
+    source = LiveBlocks(float_model, blocks) if live else float_model
+    start = float_model if live else model
+    with torch.no_grad():
+        stream = list(record_calls(start, blocks, data.batches, device_of(start)))
+    given = [calls.hidden for calls in stream]  # to the quantized blocks
+    fixed = merged_blocks(model, compensation)
+    vectors: dict[str, Tensor] = {}
+    outcomes = []
+    with tqdm(total=config.steps * len(blocks.names), desc="Refining blocks") as bar:
+        for position, name in enumerate(blocks.names):
+            block = as_loaded(model.get_submodule(name)).eval()
+            with torch.no_grad(), source.load(name, device_of(block)) as reference:
+                dtype = dtype_of(reference)
+                targets = [
+                    calls.run(reference, position, device_of(block), dtype) for calls in stream
+                ]
+            own = {
+                site: block.get_submodule(site[len(name) + 1 :])
+                for site in compensation.vectors
+                if site == name or site.startswith(f"{name}.")
+            }
+            trainer = _Block(block, position, stream, given, targets, dtype_of(model))
+            with ExitStack() as stack:
+                stack.enter_context(frozen(block))
+                stack.enter_context(differentiable([block], trainer.dtype, False))
+                tracker = trainer.tracker = PositionTracker(compensation.positions)
+                sites = stack.enter_context(trained(own, compensation, tracker, fixed))
+                if sites:
+                    training = Training(
+                        sites, trainer.loss, data.fitted, data.held_out, config, progress, name
+                    )
+                    outcomes.append(training.run(bar))
+                    vectors |= outcomes[-1].vectors
+                with torch.no_grad():
+                    given = [trainer.run(number) for number in range(len(stream))]
+            for calls, target in zip(stream, targets, strict=True):
+                calls.hidden = target
+    return Outcome(
+        vectors,
+        sum(outcome.before for outcome in outcomes) / len(outcomes),
+        sum(outcome.after for outcome in outcomes) / len(outcomes),
+        max(outcome.steps for outcome in outcomes),
+    )
+
+
+class _Block:
+    """One block, what it is given, and what it should give."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        position: int,
+        stream: list[BlockCalls],
+        given: list[Tensor],
+        targets: list[Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        self.block, self.position, self.stream = block, position, stream
+        self.given, self.targets, self.dtype = given, targets, dtype
+        self.tracker = PositionTracker(0)
+
+    def run(self, number: int) -> Tensor:
+        """The block's output for a batch."""
+        calls = self.stream[number]
+        self.tracker.observe(calls.index)
+        given = BlockCalls(self.given[number], calls.index, calls.calls)
+        return given.run(self.block, self.position, device_of(self.block), self.dtype)
+
+    def loss(self, number: int) -> tuple[Tensor, int]:
+        """Its relative error, and the number of tokens."""
+        index = self.stream[number].index
+        error = relative_error(self.run(number), self.targets[number], index)
+        return error, int((index >= 0).sum())
+
+
+def relative_error(output: Tensor, target: Tensor, index: Tensor) -> Tensor:
+    """Mean over real tokens of the squared error, relative to the squared norm of the target.
+
+    Relative, since the norm in front of the next layer takes each token's own magnitude out; the
+    attention sink would drown all others otherwise.
+    """
+    features = target.shape[-1]
+    error = (output.float() - target.float()).reshape(-1, features).square().sum(-1)
+    size = target.float().reshape(-1, features).square().sum(-1)
+    real = index.flatten().to(error.device) >= 0
+    return (error[real] / size[real]).mean()
