@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .errors import BiasCompensationError
 from .stream import Batch
+from .structure import device_of
 
 NAMED = {
     # The data sets GPTQ toolkits know by name; (repository, configuration, split, column).
@@ -36,7 +38,8 @@ def read_text(source: str) -> str:
     if source not in NAMED:
         raise BiasCompensationError(
             f"dataset {source!r} is neither a file nor one of {sorted(NAMED)}; "
-            "pass the path of a .txt or .jsonl file."
+            "pass the path of a .txt or .jsonl file. (Calibration data, though not what a model is "
+            'evaluated on, may also be "self".)'
         )
     from datasets import load_dataset
 
@@ -69,6 +72,52 @@ def windows(
             f"{(skip + 1) * length}. Use a longer text or shorter windows."
         )
     return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+
+
+@torch.no_grad()
+def sample_from(
+    model: Any, tokenizer: Any, length: int, count: int, seed: int = 0, batch: int = 32
+) -> list[dict[str, Tensor]]:
+    """Calibration sequences without a data set: what the float model itself writes.
+
+    The first token is any token, the others follow the model's own distribution, after the data
+    generation of Liu et al. (LLM-QAT, arXiv 2305.17888).
+
+    Args:
+        model: A transformers causal language model.
+        tokenizer: Its tokenizer; tells which tokens do not start a text.
+        batch: Sequences written at a time.
+
+    Returns:
+        As ``windows``, on the CPU.
+    """
+    usable = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    usable[list(tokenizer.all_special_ids)] = False
+    generator = torch.Generator().manual_seed(seed)
+    choices = usable.nonzero().squeeze(1)
+    first = choices[torch.randint(len(choices), (count, 1), generator=generator)]
+    rows = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for ids in tqdm(first.split(batch), desc="Sampling calibration data", leave=False):
+            ids = ids.to(device_of(model))
+            rows.append(
+                model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=length - 1,
+                    min_new_tokens=length - 1,  # no end of text before that
+                    pad_token_id=0,
+                ).cpu()
+            )
+    return [
+        {"input_ids": row, "attention_mask": torch.ones_like(row)}
+        for row in torch.cat(rows).split(1)
+    ]
 
 
 def _as_mapping(item: Any, number: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,14 @@ app = typer.Typer(
 
 Dataset = Annotated[
     str, typer.Option(help="A .txt or .jsonl file (field `text`), or `wikitext2` or `c4`.")
+]
+CalibrationData = Annotated[
+    str,
+    typer.Option(
+        "--dataset",
+        help="A .txt or .jsonl file (field `text`), `wikitext2`, `c4`, or `self`: what the float "
+        "model writes.",
+    ),
 ]
 Positions = Annotated[
     str, typer.Option(help="Leading tokens with a vector of their own: 0, 1, ... or `all`.")
@@ -66,11 +75,21 @@ def _tokenizer(folder: str) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def _calibration(
+    dataset: str, tokenizer: Any, length: int, samples: int, float_model: Callable[[], Any]
+) -> list[dict[str, Any]]:
+    from .calibration import read_text, sample_from, windows
+
+    if dataset == "self":
+        return sample_from(float_model(), tokenizer, length, samples)
+    return windows(read_text(dataset), tokenizer, length, samples)
+
+
 @app.command()
 def quantize(
     float_model: Annotated[str, typer.Argument(metavar="FLOAT", help="Folder or hub name.")],
     out: Out,
-    dataset: Dataset,
+    dataset: CalibrationData,
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale; -1: a row.")] = 128,
     sym: Annotated[bool, typer.Option(help="Symmetric quantization.")] = True,
@@ -78,6 +97,7 @@ def quantize(
     positions: Positions = "1",
     sites: Sites = "linear block",
     joint: Annotated[bool, typer.Option(help="Let GPTQ know that vectors will follow.")] = True,
+    refine_steps: Annotated[int, typer.Option(help="Then train the vectors so many steps.")] = 0,
     samples: Samples = 128,
     length: Length = 512,
     dtype: Dtype = "auto",
@@ -90,7 +110,6 @@ def quantize(
     from transformers import GPTQConfig
 
     from . import enable
-    from .calibration import read_text, windows
 
     enable("transformers")
     with new_folder(out) as part:
@@ -100,9 +119,15 @@ def quantize(
             group_size=group_size,
             sym=sym,
             desc_act=desc_act,
-            dataset=windows(read_text(dataset), tokenizer, length, samples),
+            dataset=_calibration(
+                dataset, tokenizer, length, samples, lambda: _load(float_model, dtype, device_map)
+            ),
             tokenizer=tokenizer,
-            bias_compensation={**_settings(positions, sites), "joint": joint},
+            bias_compensation={
+                **_settings(positions, sites),
+                "joint": joint,
+                "refine_steps": refine_steps,
+            },
         )
         model = _load(float_model, dtype, device_map, quantization_config=config)
         model.config.quantization_config.dataset = None  # tokens of the text: not to be published
@@ -116,7 +141,7 @@ def compensate(
     quantized: Annotated[str, typer.Argument(metavar="QUANTIZED", help="Quantized checkpoint.")],
     float_model: Annotated[str, typer.Argument(metavar="FLOAT", help="The model it came from.")],
     out: Out,
-    dataset: Dataset,
+    dataset: CalibrationData,
     positions: Positions = "1",
     sites: Sites = "linear block",
     samples: Samples = 128,
@@ -132,13 +157,13 @@ def compensate(
     """
     from . import Compensation, enable
     from . import compensate as run
-    from .calibration import read_text, windows
 
     enable("transformers")
     settings = _settings(positions, sites)
     with new_folder(out) as part:
         tokenizer = _tokenizer(float_model)
-        calibration = windows(read_text(dataset), tokenizer, length, samples)
+        reference = _load(float_model, dtype, device_map)
+        calibration = _calibration(dataset, tokenizer, length, samples, lambda: reference)
         model = _load(quantized, dtype, device_map)
         before = Compensation.attached_to(model)
         joint = before is not None and before.joint
@@ -149,7 +174,6 @@ def compensate(
             )
         if before is not None:
             before.detach(model)
-        reference = _load(float_model, dtype, device_map)
         compensation = run(model, reference, calibration, settings)
         compensation.joint = joint
         compensation.attach(model)
@@ -163,7 +187,7 @@ def refine(
     compensated: Annotated[Path, typer.Argument(metavar="COMPENSATED", help="A checkpoint.")],
     float_model: Annotated[str, typer.Argument(metavar="FLOAT", help="The model it came from.")],
     out: Out,
-    dataset: Dataset,
+    dataset: CalibrationData,
     steps: Annotated[int, typer.Option(help="Steps of training; by block, in each.")] = 64,
     by: Annotated[str, typer.Option(help="Compare the `model`, or each `block`.")] = "model",
     learning_rate: Annotated[float, typer.Option(help="Change per step, as a share.")] = 0.1,
@@ -184,7 +208,6 @@ def refine(
     """
     from . import Compensation, RefinementConfig, enable, record_float_logits
     from . import refine as run
-    from .calibration import read_text, windows
 
     enable("transformers")
     config = RefinementConfig(
@@ -197,8 +220,8 @@ def refine(
     started = out.with_name(f"{out.name}.refining")
     with new_folder(out) as part:
         tokenizer = _tokenizer(float_model)
-        calibration = windows(read_text(dataset), tokenizer, length, samples)
         reference = _load(float_model, dtype, device_map)
+        calibration = _calibration(dataset, tokenizer, length, samples, lambda: reference)
         if by == "model":  # what it predicts is all that is needed of it
             logits = started / "float_logits"
             reference = record_float_logits(reference, calibration, config, folder=logits)

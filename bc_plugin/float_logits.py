@@ -81,7 +81,7 @@ class FloatLogits:
         if not path.is_file():
             return False
         with safe_open(path, "pt") as file:
-            same_k = file.metadata()["top_k"] == str(top_k)
+            same_k = (file.metadata() or {}).get("top_k") == str(top_k)
             return same_k and torch.equal(file.get_tensor("input_ids"), batch["input_ids"].cpu())
 
     def _path(self, number: int) -> Path:

@@ -88,6 +88,14 @@ def test_refine_takes_a_compensated_checkpoint(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "new"]
 
 
+def test_calibration_on_what_the_float_model_writes(folder, tmp_path):
+    arguments = ("compensate", folder / "out", folder / "float", tmp_path / "new", *DATA)
+    _run(*arguments, "--dataset", "self", "--samples", 4)
+    assert Compensation.load(tmp_path / "new").vectors
+    with pytest.raises(BiasCompensationError, match="neither a file"):
+        _run("evaluate", folder / "out", "--dataset", "self", *DATA)
+
+
 def test_refine_wants_a_compensated_checkpoint(folder, tmp_path):
     arguments = (folder / "float", tmp_path / "new", "--dataset", folder / "text.txt", *DATA)
     with pytest.raises(BiasCompensationError, match="bc-plugin compensate"):

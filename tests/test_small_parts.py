@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import bc_plugin
 from bc_plugin import BiasCompensationConfig, BiasCompensationError
-from bc_plugin.calibration import read_text, rebatch, split_held_out, windows
+from bc_plugin.calibration import read_text, rebatch, sample_from, split_held_out, windows
 from bc_plugin.names import collapse, expand
 from bc_plugin.structure import find_blocks
 
@@ -100,6 +101,21 @@ def test_text_is_read_from_files(tmp_path):
     assert read_text(str(tmp_path / "b.jsonl")) == "one\n\ntwo"
     with pytest.raises(BiasCompensationError, match="neither a file nor"):
         read_text(str(tmp_path / "c.txt"))
+
+
+def test_calibration_data_that_the_model_writes_itself():
+    model, tokenizer = tiny_model(), SimpleNamespace(all_special_ids=[0, 1, 2])
+    found = sample_from(model, tokenizer, length=12, count=5, batch=2)
+    again = sample_from(model, tokenizer, length=12, count=5, batch=2)
+    other = sample_from(model, tokenizer, length=12, count=5, batch=2, seed=1)
+    assert [item["input_ids"].shape for item in found] == [(1, 12)] * 5
+    assert all(item["attention_mask"].all() for item in found)
+    assert all(
+        torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(found, again, strict=True)
+    )
+    assert not torch.equal(found[0]["input_ids"], other[0]["input_ids"])
+    assert len({tuple(item["input_ids"][0].tolist()) for item in found}) == 5
+    assert all(item["input_ids"][0, 0] > 2 for item in found)
 
 
 def test_rebatch_joins_what_has_one_shape():
