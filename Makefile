@@ -5,7 +5,8 @@ LEGACY ?= .venv-legacy
 VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
 
-.PHONY: setup setup-legacy setup-vllm demo test test-current test-legacy test-vllm lint benchmark benchmark-toolkits benchmark-serving clean
+.PHONY: setup setup-legacy setup-vllm demo test test-current test-legacy test-vllm lint benchmark benchmark-toolkits benchmark-serving \
+	benchmark-comparison clean
 
 setup: $(VENV)/.ready
 
@@ -73,6 +74,10 @@ benchmark-toolkits: setup setup-legacy
 
 benchmark-serving: setup setup-vllm
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/serving.py
+
+# About four hours on two cores for both widths and both seeds; ARGS="--bits 3 --seed 0" is one part.
+benchmark-comparison: setup
+	PYTHONPATH=integration $(BIN)/python integration/benchmarks/comparison.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(LEGACY) $(VLLM) .cache

@@ -1,0 +1,297 @@
+"""Everything that repairs a GPTQ model, side by side on SmolLM2-135M.
+
+    make benchmark-comparison
+
+prints one table per width and calibration seed. What an interrupted run has measured is not
+measured again; ``--again`` starts anew. ``--bits`` and ``--seed`` take one part of it. ``--next``
+is the Python of an environment with gptqmodel 7.7, whose norm tuning is left out without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+
+import real
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import bc_plugin
+from bc_plugin import Compensation, RefinementConfig
+from bc_plugin.calibration import sample_from
+
+FOLDER = real.CACHE / "comparison"
+GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 64, 32, 512, 12
+# What is trained sees more text than what is computed: 64 steps of 2,048 tokens, two times each.
+REFINED_SAMPLES, STEPS = 64, 64
+REFINEMENT = {"steps": STEPS, "mixed_precision": "bf16", "evaluate_every": 16, "held_out": 1 / 16}
+RANK = 32
+LABELS = {
+    "float": "float32",
+    "none": "GPTQ",
+    "linear": "+ bias correction per linear (DFQ's closed form)",
+    "all": '+ BC, positions="all" (the paper\'s setting)',
+    "BC 0": "+ BC, positions=0",
+    "BC 1": "+ BC, positions=1",
+    "self": "+ BC, positions=1, on text of its own",
+    "norm": f"+ norm tuning, {STEPS} steps (gptqmodel 7.7)",
+    "eora": f"+ EoRA, rank {RANK} (gptqmodel)",
+    "gptaq": "GPTAQ (gptqmodel)",
+    "joint 0": "joint, positions=0",
+    "joint 1": "joint, positions=1",
+    "block 1": "joint, positions=1, refined by block",
+    "refined 0": "joint, positions=0, refined",
+    "refined 1": "joint, positions=1, refined",
+}
+CONFIGS = {
+    "linear": {"positions": 0, "sites": ["linear"]},
+    "BC 0": {"positions": 0},
+    "BC 1": {"positions": 1},
+    "all": {"positions": "all", "max_tokens": None},
+}
+
+
+class Part:
+    """All variants at one width, with one choice of calibration data."""
+
+    def __init__(self, bits: int, seed: int) -> None:
+        self.bits, self.seed = bits, seed
+        self.folder = FOLDER / f"{bits}-{seed}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.source = real.smollm2()
+        self.tokenizer = AutoTokenizer.from_pretrained(self.source)
+        self.calibration = real.calibration_windows(self.tokenizer, LENGTH, SAMPLES, seed)
+        self.more = real.calibration_windows(self.tokenizer, LENGTH, REFINED_SAMPLES, seed)
+        self.batches = real.held_out_windows(self.tokenizer, LENGTH, EVALUATED)
+        self.reference = AutoModelForCausalLM.from_pretrained(self.source).eval()
+        self.path = self.folder / "found.json"
+        self.found = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def run(self) -> None:
+        """Measure what is missing."""
+        if "float" not in self.found:
+            self.measure("float", self.reference, 0.0)
+        self.plain = self.quantized("plain", None)
+        if "none" not in self.found:
+            self.measure("none", self.load("plain"), 0.0)
+        for variant, config in CONFIGS.items():
+            if variant not in self.found:
+                self.compensated(variant, self.calibration, config)
+        if "self" not in self.found:
+            start = time.perf_counter()
+            own = sample_from(self.reference, self.tokenizer, LENGTH, SAMPLES, self.seed)
+            self.compensated("self", own, CONFIGS["BC 1"], time.perf_counter() - start)
+        for positions in (1, 0):
+            variant = f"joint {positions}"
+            if variant not in self.found:
+                seconds = self.quantized(variant, {"positions": positions})
+                self.measure(variant, self.load(variant), seconds - self.plain)
+            if f"refined {positions}" not in self.found:
+                self.refined(f"refined {positions}", variant, {})
+        if "block 1" not in self.found:
+            self.refined("block 1", "joint 1", {"by": "block", "steps": 16})
+        for variant, peer in (("gptaq", self.gptaq), ("eora", self.eora)):
+            if variant not in self.found:
+                self.attempt(variant, peer)
+
+    def quantized(self, name: str, flag, **changes) -> float:
+        """Quantize with gptqmodel and save, unless that was done before; returns the seconds."""
+        from gptqmodel import GPTQModel, QuantizeConfig
+
+        folder = self.folder / name.replace(" ", "-")
+        record = folder / "seconds.json"
+        if not record.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            torch.manual_seed(0)
+            config = QuantizeConfig(
+                bits=self.bits,
+                group_size=GROUP_SIZE,
+                sym=False,
+                act_group_aware=False,
+                damp_percent=0.01,
+                device="cpu",
+                bias_compensation=flag,
+                **changes,
+            )
+            start = time.perf_counter()
+            qmodel = GPTQModel.load(str(self.source), config)
+            qmodel.quantize(self.calibration)
+            seconds = time.perf_counter() - start
+            qmodel.save(str(folder))
+            record.write_text(json.dumps(seconds))
+        return json.loads(record.read_text())
+
+    def load(self, name: str):
+        """A saved model."""
+        return AutoModelForCausalLM.from_pretrained(self.folder / name.replace(" ", "-")).eval()
+
+    def compensated(self, variant: str, calibration, config, before: float = 0.0) -> None:
+        """Compute vectors for plain GPTQ's weights."""
+        model = self.load("plain")
+        compensation = bc_plugin.compensate(model, self.reference, calibration, config)
+        compensation.attach(model)
+        self.measure(variant, model, before + compensation.seconds)
+
+    def refined(self, variant: str, start_from: str, settings) -> None:
+        """Train the vectors of a model that was quantized jointly with them."""
+        start = time.perf_counter()
+        model = self.load(start_from)
+        config = RefinementConfig(**{**REFINEMENT, **settings})
+        bc_plugin.refine(model, self.reference, self.more, config)
+        seconds = time.perf_counter() - start
+        self.measure(variant, model, self.found[start_from]["seconds"] + seconds)
+
+    def attempt(self, variant: str, peer: Callable[[], None]) -> None:
+        """What does not run here is said in the table."""
+        try:
+            peer()
+        except Exception as error:
+            traceback.print_exc()
+            self.keep(variant, {"error": f"{type(error).__name__}: {error}"})
+
+    def gptaq(self) -> None:
+        from gptqmodel.quantization.config import GPTAQConfig
+
+        seconds = self.quantized("gptaq", None, gptaq=GPTAQConfig(device="cpu"))
+        self.measure("gptaq", self.load("gptaq"), seconds - self.plain)
+
+    def eora(self) -> None:
+        from gptqmodel import GPTQModel
+        from gptqmodel.adapter.adapter import Lora
+
+        folder = self.folder / "eora"
+        start = time.perf_counter()
+        GPTQModel.adapter.generate(
+            adapter=Lora(rank=RANK, path=str(folder)),
+            model_id_or_path=str(self.source),
+            quantized_model_id_or_path=str(self.folder / "plain"),
+            calibration_dataset=self.calibration,
+            device="cpu",
+        )
+        seconds = time.perf_counter() - start
+        adapter = Lora(rank=RANK, path=str(folder))
+        model = GPTQModel.load(str(self.folder / "plain"), adapter=adapter, device="cpu").model
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        added = sum(RANK * (m.in_features + m.out_features) for m in self.linears())
+        self.measure("eora", model, seconds, size, added)
+
+    def norm(self) -> None:
+        """Norm tuning with the refinement's budget; in an environment with gptqmodel 7.7."""
+        from gptqmodel import BACKEND, GPTQModel, NormConfig
+
+        start = time.perf_counter()
+        qmodel = GPTQModel.load(str(self.folder / "plain"), backend=BACKEND.TORCH, device="cpu")
+        qmodel.requantize(
+            calibration=self.more,
+            norm=NormConfig(teacher=self.reference, steps=STEPS),
+            batch_size=4,
+        )
+        self.measure("norm", qmodel.model, time.perf_counter() - start)
+
+    def measure(
+        self, variant: str, model, seconds: float, size: int | None = None, added: int | None = None
+    ) -> None:
+        """Evaluate a variant; its vectors, if it has any, tell what it costs."""
+        reference = None if model is self.reference else self.reference
+        compensation = Compensation.attached_to(model)
+        if compensation is not None:
+            size = compensation.nbytes
+            added = sum(v.shape[-1] for v in compensation.vectors.values())
+        products = sum(m.in_features * m.out_features for m in self.linears())
+        found = bc_plugin.evaluate(model, self.batches, reference).to_dict()
+        costs = {"bytes": size or 0, "seconds": seconds, "work": (added or 0) / products}
+        self.keep(variant, {**found, **costs})
+
+    def linears(self) -> list[torch.nn.Linear]:
+        """Those that are quantized."""
+        blocks = self.reference.model.layers
+        return [m for m in blocks.modules() if isinstance(m, torch.nn.Linear)]
+
+    def keep(self, variant: str, result: dict) -> None:
+        self.found[variant] = result
+        self.path.write_text(json.dumps(self.found))
+
+
+def print_table(bits: int, seed: int) -> None:
+    found = json.loads((FOLDER / f"{bits}-{seed}" / "found.json").read_text())
+    columns = ("perplexity", "gap closed", "KL (nats)", "extra bytes", "extra s", "extra work")
+    table = Table("", *columns)
+    floor, plain = found["float"]["perplexity"], found["none"]["perplexity"]
+    for variant, label in LABELS.items():
+        if variant not in found:
+            continue
+        row = found[variant]
+        if "error" in row:
+            table.add_row(label, "", "", "", "", "", row["error"].splitlines()[0][:40])
+            continue
+        repaired = variant not in ("float", "none")
+        closed = (plain - row["perplexity"]) / (plain - floor)
+        table.add_row(
+            label,
+            f"{row['perplexity']:.2f}",
+            f"{closed:.0%}" if repaired else "",
+            "" if variant == "float" else f"{row['kl']:.3f}",
+            f"{row['bytes']:,}" if repaired else "",
+            f"{row['seconds']:.0f}" if repaired else "",
+            f"{row['work']:.2%}" if repaired else "",
+        )
+    table.title = (
+        f"SmolLM2-135M, {bits} bits, group {GROUP_SIZE}, calibration seed {seed}; "
+        f"{found['none']['tokens']} tokens of held-out Wikipedia"
+    )
+    table.caption = (
+        "extra s: beyond plain GPTQ's quantizing; extra work: operations per token, as a share of "
+        "the multiplications of the quantized linears"
+    )
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bits", type=int, choices=(3, 4))
+    parser.add_argument("--seed", type=int, choices=(0, 1))
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--next", help="a Python with gptqmodel 7.7")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--norm", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure:
+        bc_plugin.enable()
+        Part(given.bits, given.seed).run()
+        return
+    if given.norm:
+        part = Part(given.bits, given.seed)
+        if "norm" not in part.found:
+            part.attempt("norm", part.norm)
+        return
+    if given.again:
+        shutil.rmtree(FOLDER, ignore_errors=True)
+    parts = [
+        (bits, seed)
+        for bits in (3, 4)
+        for seed in (0, 1)
+        if given.bits in (None, bits) and given.seed in (None, seed)
+    ]
+    for bits, seed in parts:
+        arguments = [__file__, f"--bits={bits}", f"--seed={seed}"]
+        subprocess.run([sys.executable, *arguments, "--measure"], check=True)
+        if given.next:
+            subprocess.run([given.next, *arguments, "--norm"], check=True)
+    for part in parts:
+        print_table(*part)
+
+
+if __name__ == "__main__":
+    main()
