@@ -168,7 +168,7 @@ LOADER = "gptqmodel.models.loader"
 GPTQMODEL = Toolkit(
     name="gptqmodel",
     distribution="gptqmodel",
-    versions=(">=7.4,<7.7",),
+    versions=(">=7.4,<7.8",),
     patches=(
         Patch(f"{GPTQ}.add_batch", _add_batch, ("inp", "out")),
         Patch(f"{GPTQ}.adopt_hessian_from", _adopt_hessian, ("leader",)),

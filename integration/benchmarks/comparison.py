@@ -34,9 +34,9 @@ from bc_plugin.calibration import sample_from
 
 FOLDER = real.CACHE / "comparison"
 GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 64, 32, 512, 12
-# What is trained sees more text than what is computed: 64 steps of 2,048 tokens, two times each.
-REFINED_SAMPLES, STEPS = 64, 64
-REFINEMENT = {"steps": STEPS, "mixed_precision": "bf16", "evaluate_every": 16, "held_out": 1 / 16}
+# What is trained sees more text than what is computed: 64 steps of 2,048 tokens, each seen twice.
+REFINED_SAMPLES, STEPS = 128, 64
+REFINEMENT = {"steps": STEPS, "mixed_precision": "bf16", "evaluate_every": 16, "held_out": 1 / 32}
 RANK = 32
 LABELS = {
     "float": "float32",
@@ -193,11 +193,9 @@ class Part:
 
         start = time.perf_counter()
         qmodel = GPTQModel.load(str(self.folder / "plain"), backend=BACKEND.TORCH, device="cpu")
-        qmodel.requantize(
-            calibration=self.more,
-            norm=NormConfig(teacher=self.reference, steps=STEPS),
-            batch_size=4,
-        )
+        norm = NormConfig(teacher=self.reference, steps=STEPS)
+        with torch.autocast("cpu", torch.bfloat16):  # as the refinement has it
+            qmodel.requantize(calibration=self.more, norm=norm, batch_size=4)
         self.measure("norm", qmodel.model, time.perf_counter() - start)
 
     def measure(
