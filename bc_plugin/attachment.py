@@ -6,7 +6,6 @@ own module, so whatever saves or moves the model saves and moves them too.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from .names import VECTOR
 from .positions import PositionTracker
+from .stream import copy_of
 
 BASE = "bias_without_compensation"
 
@@ -182,7 +182,7 @@ def kernel_adds_bias(module: nn.Module, vectors: Tensor, dtype: torch.dtype) -> 
         zeros = torch.zeros(1, module.in_features, dtype=dtype, device=vectors.device)
         # Every value differs from its neighbours, and all are exact in half precision.
         step = torch.arange(vectors.shape[-1], dtype=dtype, device=vectors.device) % 61
-        twin = copy.deepcopy(module)  # since some kernels repack their weights when first run
+        twin = copy_of(module)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             plain = twin.forward(zeros)
             twin.register_buffer(VECTOR, step[None])

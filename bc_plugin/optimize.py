@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import written_whole
 from .errors import BiasCompensationError
+from .refinement import RefinementConfig
 from .training import TrainedForward
 
 RUN, STATE = "refinement.json", "refinement-"
@@ -121,7 +122,7 @@ class Training:
         loss: Gives, for the number of a batch, the mean loss and the number of tokens.
         fitted: Numbers of the batches that are trained on.
         held_out: Numbers of the batches that decide what is kept.
-        config: A RefinementConfig.
+        config: How.
         progress: Where a stopped run goes on from.
         name: This training's name there.
     """
@@ -132,7 +133,7 @@ class Training:
         loss: Loss,
         fitted: Sequence[int],
         held_out: Sequence[int],
-        config: Any,
+        config: RefinementConfig,
         progress: Progress,
         name: str,
     ) -> None:

@@ -96,6 +96,8 @@ def refined(
         as_loaded: Makes of a quantized block the copy that is run.
     """
     config = config or RefinementConfig()
+    if not compensation.vectors:
+        raise BiasCompensationError("the compensation has no vectors that could be refined.")
     data = RefinementData(calibration, config)
     progress = Progress(
         None if folder is None else Path(folder),

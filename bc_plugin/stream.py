@@ -66,8 +66,16 @@ def call_model(model: nn.Module, batch: Batch, device: torch.device) -> Any:
 def copy_of(block: nn.Module) -> nn.Module:
     """A copy to run: some kernels repack their weights when first run, for good, and the model
     could not be saved afterwards. A block that accelerate moves about is returned itself."""
-    dispatched = any(hasattr(module, "_hf_hook") for module in block.modules())
-    return block if dispatched else copy.deepcopy(block)
+    if any(hasattr(module, "_hf_hook") for module in block.modules()):
+        return block
+    twin = copy.deepcopy(block)
+    for module in twin.modules():
+        # What compressed-tensors does to the whole model, for good, when that is first run.
+        if getattr(module, "quantization_status", None) == "compressed":
+            from compressed_tensors.compressors.base import decompress_module
+
+            decompress_module(module)
+    return twin
 
 
 def twin_of(

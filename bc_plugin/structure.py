@@ -104,7 +104,9 @@ def linear_sites(float_block: nn.Module, quantized_block: nn.Module) -> list[str
                 f"the float model has a linear {name!r} where the quantized model has none; "
                 "compensation needs two models with the same modules' names."
             ) from error
-        if type(other) is type(module) and _same(module.weight, other.weight):
+        # compressed-tensors keeps the class, but no weight until the linear is first run.
+        weight = getattr(other, "weight", None)
+        if type(other) is type(module) and weight is not None and _same(module.weight, weight):
             continue
         sites.append(name)
     return sites

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from .architectures import ARCHITECTURES
 from .attachment import CompensatedForward, ReplacedForward
 from .compensation import Compensation
 from .positions import PositionTracker
+from .stream import copy_of
 from .structure import device_of
 
 
@@ -94,7 +94,7 @@ class CheckpointedForward(ReplacedForward):
 
 def has_gradient(linear: nn.Module, dtype: torch.dtype) -> bool:
     """Whether the kernel of a quantized linear passes the right gradient to its input."""
-    twin = copy.deepcopy(linear)  # since some kernels repack their weights when first run
+    twin = copy_of(linear)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(4, linear.in_features, generator=generator)
     inputs = inputs.to(device_of(linear), dtype).requires_grad_()

@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+pytest.importorskip("bitsandbytes", reason="needs bitsandbytes and compressed-tensors")
 
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    apply_quantization_config,
+)
 from tiny import logits, sequences, tiny_checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -30,6 +37,41 @@ def test_bitsandbytes(tmp_path, enabled, kind):
     assert all(errors.after <= errors.before for errors in compensation.errors.values())
     compensation.attach(model)
     model.save_pretrained(tmp_path / "out")  # before it runs: its CPU kernel repacks with losses
+    _check_loading_and_export(tmp_path, model, compensation, dtype)
+
+
+def test_compressed_tensors(tmp_path, enabled):
+    source = tiny_checkpoint(tmp_path / "float")
+    _round_to_nearest(source, tmp_path / "quantized")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    reference = AutoModelForCausalLM.from_pretrained(source)
+    compensation = bc_plugin.compensate(model, reference, sequences(), {"positions": 0})
+    assert all(errors.after <= errors.before for errors in compensation.errors.values())
+    compensation.attach(model)
+    model.save_pretrained(tmp_path / "out")
+    _check_loading_and_export(tmp_path, model, compensation, torch.float32)
+
+
+def _round_to_nearest(source, folder):
+    """A checkpoint in the format that llm-compressor writes."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    weights = QuantizationArgs(num_bits=4, strategy="group", group_size=32)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    config = QuantizationConfig(
+        config_groups={"group_0": scheme}, ignore=["lm_head"], format="pack-quantized"
+    )
+    apply_quantization_config(model, config)
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            groups = module.weight.view(module.out_features, -1, 32)
+            module.weight_scale.data = groups.detach().abs().amax(-1) / 7.5
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+
+
+def _check_loading_and_export(tmp_path, model, compensation, dtype):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map=CPU, dtype=dtype)
     assert Compensation.attached_to(loaded).digest == compensation.digest
     expected = logits(loaded)

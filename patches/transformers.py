@@ -8,7 +8,7 @@ from bc_plugin.errors import BiasCompensationError
 from bc_plugin.loading import fit_to, read_compensation
 from bc_plugin.names import KEY
 from bc_plugin.patching import Patch, Toolkit, argument
-from bc_plugin.quantization import flag_of, set_flag
+from bc_plugin.quantization import config_to_dict, flag_of, set_flag
 
 # The files of the checkpoint that from_pretrained is about to read.
 _files: ContextVar[tuple[str, ...]] = ContextVar("files", default=())
@@ -94,6 +94,10 @@ TRANSFORMERS = Toolkit(
     patches=(
         Patch(
             "transformers.utils.quantization_config:GPTQConfig.__init__", _config_init, ("kwargs",)
+        ),
+        Patch(
+            "transformers.utils.quantization_config:CompressedTensorsConfig.to_dict",
+            config_to_dict,
         ),
         Patch(
             "transformers.quantizers.auto:AutoQuantizationConfig.from_dict",
