@@ -62,6 +62,9 @@ def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
     """
     lists = [name for name, module in model.named_modules() if _is_block_list(module)]
     outermost = [a for a in lists if not any(a.startswith(b + ".") for b in lists)]
+    # A head may be a list of bare linears (YOLOS); blocks consist of several layers.
+    composite = [name for name in outermost if any(model.get_submodule(name)[0].children())]
+    outermost = composite or outermost
     if path is not None:
         if path not in lists:
             raise BiasCompensationError(
