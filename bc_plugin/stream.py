@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import BiasCompensationError
 from .positions import call_arguments, plain_index, token_index
@@ -68,7 +69,9 @@ def copy_of(block: nn.Module) -> nn.Module:
     could not be saved afterwards. A block that accelerate moves about is returned itself."""
     if any(hasattr(module, "_hf_hook") for module in block.modules()):
         return block
-    twin = copy.deepcopy(block)
+    # Tensors that wrap others (optimum-quanto's) cannot be copied; nothing repacks them either.
+    shared = {id(t): t for t in block.parameters() if is_traceable_wrapper_subclass(t)}
+    twin = copy.deepcopy(block, shared)
     for module in twin.modules():
         # What compressed-tensors does to the whole model, for good, when that is first run.
         if getattr(module, "quantization_status", None) == "compressed":
