@@ -190,7 +190,7 @@ def refine(
     dataset: CalibrationData,
     steps: Annotated[int, typer.Option(help="Steps of training; by block, in each.")] = 64,
     by: Annotated[str, typer.Option(help="Compare the `model`, or each `block`.")] = "model",
-    learning_rate: Annotated[float, typer.Option(help="Change per step, as a share.")] = 0.2,
+    learning_rate: Annotated[float, typer.Option(help="Change per step, as a share.")] = 0.1,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,

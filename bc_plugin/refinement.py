@@ -42,7 +42,7 @@ class RefinementConfig:
 
     steps: int = 64
     by: Literal["model", "block"] = "model"
-    learning_rate: float = 0.2
+    learning_rate: float = 0.1
     warmup: float = 0.1
     batch_tokens: int = 2048
     gradient_accumulation_steps: int = 1
