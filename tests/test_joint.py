@@ -8,7 +8,7 @@ from models import tiny_model, token_batches
 from torch import nn
 
 from bc_plugin import BiasCompensationError
-from bc_plugin.joint import SHARE, JointGPTQ, centred_inputs, weight_of
+from bc_plugin.joint import JointGPTQ, centred_inputs, weight_of
 from bc_plugin.structure import find_blocks
 
 SINK = 1000.0
@@ -55,7 +55,7 @@ def test_the_hessian_is_the_covariance(positions):
     later = inputs[:, 1:] if positions else inputs
     later = later.flatten(0, 1)
     mean = later.mean(0)
-    expected = (later - mean).T @ (later - mean) + (1 - SHARE) * len(later) * mean.outer(mean)
+    expected = (later - mean).T @ (later - mean)
     if positions:
         expected += inputs[:, 0].T @ inputs[:, 0]
     expected *= 2 / inputs.shape[:-1].numel()
