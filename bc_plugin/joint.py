@@ -106,8 +106,13 @@ class CentredInputs:
 
     def finish(self, hessian: Tensor, samples: int) -> None:
         """Take the mean out of ``2 / samples * sum x x^T`` of the centred inputs, in place."""
-        rest = self.mean()[-1] - self.estimate
+        mean = self.mean()[-1]
+        rest = mean - self.estimate
         hessian -= (2 / samples * self.count[-1] * rest.outer(rest)).to(hessian)
+        # A constant input has no variance left, and toolkits would drop its weights as dead ones.
+        diagonal = hessian.diagonal()
+        floor = 1e-6 * diagonal.mean()
+        diagonal[(diagonal < floor) & (mean != 0).to(diagonal.device)] = floor
         self.finished = True
 
     def adopt(self, other: CentredInputs) -> None:
