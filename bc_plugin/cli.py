@@ -42,6 +42,7 @@ Positions = Annotated[
 Sites = Annotated[str, typer.Option(help="What to compensate: `linear`, `block`, or both.")]
 Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
 Samples = Annotated[int, typer.Option(help="Calibration sequences.")]
+FloatModel = Annotated[str, typer.Argument(metavar="FLOAT", help="The model it came from.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")]
 Dtype = Annotated[str, typer.Option(help="Type to load models in; `auto` takes the checkpoint's.")]
 DeviceMap = Annotated[str, typer.Option(help="Where to load models: `cpu`, `cuda`, `auto`.")]
@@ -139,7 +140,7 @@ def quantize(
 @app.command()
 def compensate(
     quantized: Annotated[str, typer.Argument(metavar="QUANTIZED", help="Quantized checkpoint.")],
-    float_model: Annotated[str, typer.Argument(metavar="FLOAT", help="The model it came from.")],
+    float_model: FloatModel,
     out: Out,
     dataset: CalibrationData,
     positions: Positions = "1",
@@ -185,7 +186,7 @@ def compensate(
 @app.command()
 def refine(
     compensated: Annotated[Path, typer.Argument(metavar="COMPENSATED", help="A checkpoint.")],
-    float_model: Annotated[str, typer.Argument(metavar="FLOAT", help="The model it came from.")],
+    float_model: FloatModel,
     out: Out,
     dataset: CalibrationData,
     steps: Annotated[int, typer.Option(help="Steps of training; by block, in each.")] = 64,

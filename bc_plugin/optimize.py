@@ -145,14 +145,10 @@ class Training:
         self.optimizer = torch.optim.Adam(
             list(self.steps.values()), lr=config.learning_rate, betas=(0.9, 0.95)
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lambda step: learning_rate_factor(step, config.steps, config.warmup),
-        )
 
     def run(self, bar: tqdm) -> Outcome:
         """Train to the end, or until held-out data sees nothing better for a while."""
-        state = self.progress.read(self.name) or self._first()
+        state = self.progress.read(self.name) or self._look(None, 0)
         self._restore(state)
         bar.update(state["done"])
         while state["done"] < self.config.steps and state["waited"] < self.config.patience:
@@ -169,38 +165,24 @@ class Training:
             vectors = {name: site.vectors() for name, site in self.sites.items()}
         return Outcome(vectors, state["before"], state["best"], state["done"])
 
-    def _first(self) -> dict[str, Any]:
-        before = self.evaluate()
-        return {
-            "done": 0,
-            "waited": 0,
-            "before": before,
-            "best": before,
-            "kept": self._now(),
-            "now": self._now(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-        }
-
     def _restore(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             for name, step in self.steps.items():
                 step.copy_(state["now"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
 
-    def _look(self, state: dict[str, Any], done: int) -> dict[str, Any]:
-        found = self.evaluate()
-        better = found < state["best"]
+    def _look(self, last: dict[str, Any] | None, done: int) -> dict[str, Any]:
+        """Where training is after ``done`` steps; ``last`` is where the last look found it."""
+        found, now = self.evaluate(), self._now()
+        better = last is None or found < last["best"]
         return {
             "done": done,
-            "waited": 0 if better else state["waited"] + 1,
-            "before": state["before"],
-            "best": found if better else state["best"],
-            "kept": self._now() if better else state["kept"],
-            "now": self._now(),
+            "waited": 0 if better else last["waited"] + 1,
+            "before": found if last is None else last["before"],
+            "best": found if better else last["best"],
+            "kept": now if better else last["kept"],
+            "now": now,
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
         }
 
     def _now(self) -> dict[str, Tensor]:
@@ -229,9 +211,11 @@ class Training:
             raise BiasCompensationError(
                 f"the loss is not finite at step {step}; use a smaller learning_rate."
             )
+        factor = learning_rate_factor(step, self.config.steps, self.config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.schedule.step()
         return total
 
     @torch.no_grad()

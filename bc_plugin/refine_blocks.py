@@ -62,11 +62,11 @@ def refined_by_block(
                 for site in compensation.vectors
                 if site == name or site.startswith(f"{name}.")
             }
-            trainer = _Block(block, position, stream, given, targets, dtype_of(model))
+            tracker = PositionTracker(compensation.positions)
+            trainer = _Block(block, position, stream, given, targets, dtype_of(model), tracker)
             with ExitStack() as stack:
                 stack.enter_context(frozen(block))
                 stack.enter_context(differentiable([block], trainer.dtype, False))
-                tracker = trainer.tracker = PositionTracker(compensation.positions)
                 sites = stack.enter_context(trained(own, compensation, tracker, fixed))
                 if sites:
                     training = Training(
@@ -97,10 +97,11 @@ class _Block:
         given: list[Tensor],
         targets: list[Tensor],
         dtype: torch.dtype,
+        tracker: PositionTracker,
     ) -> None:
         self.block, self.position, self.stream = block, position, stream
         self.given, self.targets, self.dtype = given, targets, dtype
-        self.tracker = PositionTracker(0)
+        self.tracker = tracker
 
     def run(self, number: int) -> Tensor:
         """The block's output for a batch."""

@@ -194,8 +194,8 @@ def test_a_stopped_run_goes_on_from_where_it_was(tmp_path, monkeypatch, by):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
-def test_recomputed_activations_give_the_same(positions=1):
-    model, quantized = compensated(positions=positions)
+def test_recomputed_activations_give_the_same():
+    model, quantized = compensated()
     other = copy.deepcopy(quantized)
     expected = refine(quantized, model)
     found = refine(other, model, gradient_checkpointing=True)

@@ -26,6 +26,7 @@ import real
 import torch
 from rich.console import Console
 from rich.table import Table
+from toolkits import TOOLKITS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bc_plugin
@@ -108,28 +109,17 @@ class Part:
 
     def quantized(self, name: str, flag, **changes) -> float:
         """Quantize with gptqmodel and save, unless that was done before; returns the seconds."""
-        from gptqmodel import GPTQModel, QuantizeConfig
-
+        toolkit = TOOLKITS["gptqmodel"]
         folder = self.folder / name.replace(" ", "-")
         record = folder / "seconds.json"
         if not record.exists():
             shutil.rmtree(folder, ignore_errors=True)
             torch.manual_seed(0)
-            config = QuantizeConfig(
-                bits=self.bits,
-                group_size=GROUP_SIZE,
-                sym=False,
-                act_group_aware=False,
-                damp_percent=0.01,
-                device="cpu",
-                bias_compensation=flag,
-                **changes,
-            )
+            settings = {"bits": self.bits, "group_size": GROUP_SIZE, **toolkit.settings, **changes}
             start = time.perf_counter()
-            qmodel = GPTQModel.load(str(self.source), config)
-            qmodel.quantize(self.calibration)
+            qmodel = toolkit.quantize(str(self.source), self.calibration, flag, settings)
             seconds = time.perf_counter() - start
-            qmodel.save(str(folder))
+            toolkit.save(qmodel, folder)
             record.write_text(json.dumps(seconds))
         return json.loads(record.read_text())
 
