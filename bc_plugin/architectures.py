@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .unfusing import Fused, phi3
+
 ENGINES = ("transformers", "vllm", "llama.cpp")
 ALWAYS = ""
 
@@ -121,10 +123,24 @@ def _qwen2_as_llama(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _phi3_as_llama(config: Mapping[str, Any]) -> str | None:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        return f"its rotary embedding is of the kind {kind!r}"
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        return f"only {partial:.0%} of each of its heads are rotated"
+    window = config.get("sliding_window")
+    return None if window is None else f"its attention has a sliding window of {window}"
+
+
 AS_LLAMA: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
     "mistral": _mistral_as_llama,
     "qwen2": _qwen2_as_llama,
+    "phi3": _phi3_as_llama,
 }
+FUSED: dict[str, Callable[[Mapping[str, Any]], Fused]] = {"phi3": phi3}
 # What a Llama's config has of those.
 LLAMA_SETTINGS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),

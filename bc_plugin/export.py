@@ -21,6 +21,7 @@ from .architectures import (
     ARCHITECTURES,
     AS_LLAMA,
     ENGINES,
+    FUSED,
     LLAMA_SETTINGS,
     Architecture,
 )
@@ -28,6 +29,7 @@ from .checkpoint import SUFFIX, new_folder
 from .compensation import Compensation
 from .errors import BiasCompensationError
 from .names import KEY, collapse
+from .unfusing import Fused, parts_of, unfuse
 from .widening import needs_widening, widen
 
 CONFIGS = ("config.json", "quantize_config.json")
@@ -98,10 +100,12 @@ def export(
             "`bc-plugin quantize ... --positions 0`."
         )
     config = json.loads((compensated / "config.json").read_text(encoding="utf-8"))
+    fused: Fused = {}
     if as_llama:
+        fused = FUSED[config["model_type"]](config) if config.get("model_type") in FUSED else {}
         config = _llama_config(config)
     architecture = _architecture(config, engine)
-    plan = make_plan(compensation, architecture, config, engine)
+    plan = make_plan(compensation, architecture, config, engine, fused)
     if plan.left and not allow_partial:
         raise BiasCompensationError(
             f"{engine} cannot be given all vectors of this model:\n"
@@ -110,6 +114,7 @@ def export(
             "with the plugin, or see whether --as-llama fits."
         )
     tensors = read_tensors(compensated)
+    unfuse(tensors, fused, compensation.blocks)
     _set_biases(tensors, plan, architecture, config, compensation)
     settings = config.get("quantization_config")
     if settings is not None:
@@ -156,29 +161,38 @@ def _llama_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_plan(
-    compensation: Compensation, architecture: Architecture, config: Mapping[str, Any], engine: str
+    compensation: Compensation,
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    engine: str,
+    fused: Fused | None = None,
 ) -> Plan:
-    """Decide for every site whether its vector can become a bias, and of which linear."""
+    """Decide for every site whether its vector can become a bias, and of which linear.
+
+    Args:
+        fused: Linears that the exported checkpoint has in parts.
+    """
     plan = Plan()
     read = architecture.engines[engine]
     factor = architecture.factor(config)
     for name, vectors in compensation.vectors.items():
         vector = vectors[0].double()
         if compensation.errors[name].kind == "block":
-            linear = architecture.last
-            if linear is None or factor is None:
+            if architecture.last is None or factor is None:
                 plan.left[name] = "no bias stands for the output of a block"
                 continue
-            target, vector = f"{name}.{linear}", vector / factor
+            block, found = name, {architecture.last: vector / factor}
         else:
-            linear = name.removeprefix(compensation.blocks + ".").partition(".")[2]
-            target = name
-        if linear not in architecture.linears:
+            index, _, linear = name.removeprefix(compensation.blocks + ".").partition(".")
+            block, found = f"{compensation.blocks}.{index}", parts_of(linear, vector, fused or {})
+        if not set(found) <= set(architecture.linears):
             plan.left[name] = "the architecture has no bias there"
-        elif linear not in read:
+        elif not set(found) <= set(read):
             plan.left[name] = f"{engine} ignores a bias there"
         else:
-            plan.biases[target] = plan.biases.get(target, 0) + vector
+            for linear, part in found.items():
+                target = f"{block}.{linear}"
+                plan.biases[target] = plan.biases.get(target, 0) + part
             plan.carried.append(name)
     return plan
 

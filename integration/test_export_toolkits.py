@@ -75,6 +75,21 @@ def test_narrow_weights_are_widened_without_change(tmp_path, bits, sym, architec
     assert quantized.bits == 4
 
 
+@pytest.mark.parametrize(
+    ("toolkit", "settings"),
+    [("gptqmodel", {"bits": 3}), ("gptqmodel", {"desc_act": True}), ("gptqmodel-awq", {})],
+    ids=["3 bits", "desc_act", "awq"],
+)
+def test_fused_linears_become_a_llamas(tmp_path, toolkit, settings):
+    folder = _compensated(tmp_path, toolkit, "phi3", **settings)
+    bc_plugin.export(folder, tmp_path / "out", as_llama=True)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(exported).__name__ == "LlamaForCausalLM"
+    assert exported.model.layers[0].mlp.up_proj.bias.any()
+    plain, expected = logits(AutoModelForCausalLM.from_pretrained(folder)), _with_plugin(folder)
+    assert (logits(exported) - expected).norm() < 0.2 * (plain - expected).norm()
+
+
 @pytest.mark.parametrize("settings", [{"bits": 4, "sym": False}, {"bits": 8, "sym": False}])
 def test_what_vllm_has_no_kernel_for_is_refused(tmp_path, settings):
     folder = _compensated(tmp_path, **settings)

@@ -18,6 +18,7 @@ ROTARY = {
 SHAPES = {
     "llama": ROTARY,
     "qwen2": ROTARY,
+    "phi3": ROTARY,
     "opt": {
         "hidden_size": 128,
         "ffn_dim": 192,

@@ -22,6 +22,14 @@ WHOLE = {
     "gpt_neox": {"attention_bias": False},
 }
 WHOLE |= {"smollm3": {}, "starcoder2": {}, "falcon": {}, "phi": {}}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+PARTIAL_ROPE = ROPE | {"partial_rotary_factor": 0.5}
+LONG_ROPE = ROPE | {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.0] * 4,
+}
 PARTIAL = ("qwen2", "qwen3", "gemma", "gemma3_text", "olmo", "cohere", "stablelm")
 
 
@@ -79,7 +87,7 @@ def test_linears_without_a_vector_get_zeros(tmp_path):
     torch.testing.assert_close(mlp.down_proj.bias, compensation.vectors["model.layers.1"][0])
 
 
-@pytest.mark.parametrize("architecture", ["mistral", "qwen2"])
+@pytest.mark.parametrize("architecture", ["mistral", "qwen2", "phi3"])
 def test_as_llama(tmp_path, architecture):
     compensation, model = _compensated(tmp_path / "in", architecture)
     compensation.attach(model)
@@ -94,7 +102,10 @@ def test_as_llama(tmp_path, architecture):
     [
         ("mistral", {"sliding_window": 8}, "sliding window of 8"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "sliding window"),
-        ("qwen3", {}, r"cannot be rewritten as a Llama; \['mistral', 'qwen2'\] can"),
+        ("phi3", {"sliding_window": 8}, "sliding window of 8"),
+        ("phi3", {"rope_parameters": PARTIAL_ROPE}, "only 50% of each of its heads"),
+        ("phi3", {"rope_parameters": LONG_ROPE}, "of the kind 'longrope'"),
+        ("qwen3", {}, r"cannot be rewritten as a Llama; \['mistral', 'phi3', 'qwen2'\] can"),
     ],
 )
 def test_what_is_not_exactly_a_llama_is_refused(tmp_path, architecture, changes, message):
