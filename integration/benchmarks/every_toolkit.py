@@ -28,16 +28,18 @@ from toolkits import TOOLKITS, model_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bc_plugin
-from bc_plugin import Compensation
+from bc_plugin import Compensation, RefinementConfig
 
 FOLDER = real.CACHE / "every_toolkit"
 GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 64, 32, 512, 12
+REFINED_SAMPLES = 128
 PARTS = [(name, bits) for bits in (3, 4) for name in ("gptqmodel", "transformers", "auto_gptq")] + [
     ("gptqmodel-awq", 4),
     ("autoawq", 4),
 ]
 
 
+VARIANTS = ("float", "none", "BC 0", "BC 1", "joint 0", "joint 1", "refined 1")
 # The other toolkits share its method; one value of ``positions`` shows that they share its results.
 BOTH_POSITIONS = ("gptqmodel", "gptqmodel-awq")
 
@@ -48,9 +50,9 @@ class Measurement:
     def __init__(self, name: str, bits: int) -> None:
         self.toolkit, self.bits = TOOLKITS[name], bits
         self.source = real.smollm2()
-        tokenizer = AutoTokenizer.from_pretrained(self.source)
-        self.calibration = real.calibration_windows(tokenizer, LENGTH, SAMPLES)
-        self.batches = real.held_out_windows(tokenizer, LENGTH, EVALUATED)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.source)
+        self.calibration = real.calibration_windows(self.tokenizer, LENGTH, SAMPLES)
+        self.batches = real.held_out_windows(self.tokenizer, LENGTH, EVALUATED)
         self.reference = AutoModelForCausalLM.from_pretrained(
             self.source, dtype=torch.float32
         ).eval()
@@ -63,9 +65,11 @@ class Measurement:
             return
         self.evaluate("float", self.reference)
         if "awq" in self.toolkit.name:  # the scales it moves are known only while it runs
-            for positions in self.positions:
+            for positions in reversed(self.positions):
                 model = self.quantized({"positions": positions})
                 self.evaluate(f"BC {positions}", model)
+            self.refine(model)
+            self.evaluate("refined 1", model)
             Compensation.attached_to(model).detach(model)
             self.evaluate("none", model)
             return
@@ -77,8 +81,16 @@ class Measurement:
 
     def wanted(self) -> list[str]:
         """What this part of the table consists of."""
-        kinds = ("BC",) if "awq" in self.toolkit.name else ("BC", "joint")
-        return ["float", "none", *(f"{kind} {p}" for kind in kinds for p in self.positions)]
+        awq = "awq" in self.toolkit.name
+        kinds = ("BC",) if awq else ("BC", "joint")
+        variants = [f"{kind} {p}" for kind in kinds for p in self.positions]
+        return ["float", "none", *variants, *(["refined 1"] if awq else [])]
+
+    def refine(self, model) -> None:
+        """Go on from the closed form: AWQ has no joint quantization."""
+        data = real.calibration_windows(self.tokenizer, LENGTH, REFINED_SAMPLES)
+        config = RefinementConfig(steps=64, mixed_precision="bf16", evaluate_every=16)
+        bc_plugin.refine(model, self.reference, data, config)
 
     def compensate_afterwards(self) -> None:
         """The same weights without and with vectors."""
@@ -132,14 +144,14 @@ def print_table(parts) -> None:
         found = json.loads(result_of(name, bits).read_text())
         method = "AWQ" if "awq" in name else "GPTQ"
         floor, plain = found["float"]["perplexity"], found["none"]
-        for variant in ("float", "none", "BC 0", "BC 1", "joint 0", "joint 1"):
+        for variant in VARIANTS:
             if variant not in found:
                 continue
             row = found[variant]
             compensated = variant not in ("float", "none")
             closed = (plain["perplexity"] - row["perplexity"]) / (plain["perplexity"] - floor)
             label, _, positions = variant.partition(" ")
-            label = {"joint": "BC + joint"}.get(label, label)
+            label = {"joint": "BC + joint", "refined": "BC + refinement"}.get(label, label)
             table.add_row(
                 name.removesuffix("-awq"),
                 f"{method} {bits} bits",
