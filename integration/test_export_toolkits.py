@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation
 from bc_plugin.cli import app
-from bc_plugin.widening import pack, unpack
+from bc_plugin.packing import pack, unpack
 
 
 def _compensated(folder, toolkit="transformers", architecture="llama", **settings):
@@ -96,6 +96,28 @@ def test_what_vllm_has_no_kernel_for_is_refused(tmp_path, settings):
     with pytest.raises(BiasCompensationError, match=r"no kernel for GPTQ with . bits and sym=F"):
         bc_plugin.export(folder, tmp_path / "out", engine="vllm")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "settings"),
+    [
+        ("gptqmodel", {"bits": 3}),
+        ("gptqmodel", {"desc_act": True}),
+        ("transformers", {}),
+        ("gptqmodel-awq", {}),
+        ("autoawq", {}),
+    ],
+    ids=["3 bits", "desc_act", "gptq_v2", "awq", "autoawq"],
+)
+def test_llama_cpp_gets_float_weights(tmp_path, toolkit, settings):
+    folder = _compensated(tmp_path, toolkit, **settings)
+    bc_plugin.export(folder, tmp_path / "out", engine="llama.cpp")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(exported.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert not hasattr(exported.config, "quantization_config")
+    assert not (tmp_path / "out" / "quantize_config.json").exists()
+    plain, expected = logits(AutoModelForCausalLM.from_pretrained(folder)), _with_plugin(folder)
+    assert (logits(exported) - expected).norm() < 0.2 * (plain - expected).norm()
 
 
 def test_gptqmodel_loads_it_too(tmp_path):

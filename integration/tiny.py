@@ -30,12 +30,14 @@ SHAPES = {
 }
 
 
-def tiny_checkpoint(folder, architecture="llama", dtype=torch.float32, seed=0):
+def tiny_checkpoint(
+    folder, architecture="llama", dtype=torch.float32, seed=0, vocab_size=VOCABULARY
+):
     """Write a random float model to ``folder``; returns the folder as a string."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         architecture,
-        vocab_size=VOCABULARY,
+        vocab_size=vocab_size,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

@@ -1,0 +1,71 @@
+"""Integers in 32-bit words, as GPTQ and AWQ checkpoints hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WORD = 32
+PACKED_BITS = 4
+# AWQ's kernels want the columns of each word in this order.
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def packed_linears(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The linears of a checkpoint that are packed, by path."""
+    return [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
+
+
+def integers_of(
+    tensors: Mapping[str, Tensor], name: str, settings: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a packed linear consists of.
+
+    Args:
+        tensors: A whole checkpoint.
+        settings: Its ``quantization_config``, of GPTQ or AWQ.
+
+    Returns:
+        The integers, (in_features, out_features); the zero points, (groups, out_features); and the
+        group of each input channel, (in_features,). All are int64.
+    """
+    bits, qweight, qzeros = settings["bits"], tensors[f"{name}.qweight"], tensors[f"{name}.qzeros"]
+    zeros = unpack(qzeros, bits, dim=1)
+    if settings["quant_method"] == "awq":
+        values = _in_order(unpack(qweight, bits, dim=1))
+        groups = torch.arange(len(values)) // (len(values) // len(zeros))
+        return values, _in_order(zeros), groups
+    if "gptq_v2" not in (settings.get("format"), settings.get("checkpoint_format")):
+        zeros = (zeros + 1) & (2**bits - 1)
+    return unpack(qweight, bits, dim=0), zeros, tensors[f"{name}.g_idx"].long()
+
+
+def _in_order(columns: Tensor) -> Tensor:
+    """Columns as they were before AWQ packed them."""
+    words = columns.view(len(columns), -1, len(AWQ_ORDER))
+    return words[..., torch.tensor(AWQ_ORDER).argsort()].reshape(columns.shape)
+
+
+def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
+    """Integers from 32-bit words in which they follow each other along ``dim``; int64."""
+    words = packed.movedim(dim, 0).long() & 0xFFFFFFFF
+    count = words.shape[0] * WORD // bits
+    start = torch.arange(count) * bits
+    word, offset = start // WORD, (start % WORD).view(-1, *[1] * (words.dim() - 1))
+    following = words[(word + 1).clamp(max=len(words) - 1)]
+    both = (words[word] >> offset) | (following << (WORD - offset))
+    return (both & (2**bits - 1)).movedim(0, dim)
+
+
+def pack(values: Tensor, dim: int) -> Tensor:
+    """4-bit integers as 32-bit words along ``dim``."""
+    values = values.movedim(dim, 0)
+    shifts = torch.arange(0, WORD, PACKED_BITS)
+    values = values.reshape(-1, len(shifts), *values.shape[1:])
+    shifts = shifts.view(1, -1, *[1] * (values.dim() - 2))
+    words = (values << shifts).sum(1)
+    words = torch.where(words >= 2**31, words - 2**32, words)  # the sign bit is a bit like others
+    return words.to(torch.int32).movedim(0, dim).contiguous()

@@ -1,0 +1,73 @@
+"""Exported checkpoints in llama.cpp (``make test-llama-cpp`` fetches it)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("gptqmodel", reason="needs the gptq extra")
+
+import real
+from tiny import tiny_checkpoint
+from toolkits import TOOLKITS
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import bc_plugin
+from bc_plugin import Compensation
+
+HERE = Path(__file__).parent
+LLAMA_CPP = Path(os.environ.get("BC_PLUGIN_LLAMA_CPP", HERE.parent / ".llama-cpp")).absolute()
+if not (LLAMA_CPP / "convert_hf_to_gguf.py").exists():
+    pytest.skip("needs llama.cpp: make setup-llama-cpp", allow_module_level=True)
+
+
+def _sequences(vocabulary, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocabulary, (1, 24), generator=generator) for _ in range(count)]
+
+
+@torch.no_grad()
+def _log_probabilities(model, sequences):
+    ids = torch.cat(sequences)
+    scores = model(input_ids=ids).logits.float().log_softmax(-1)
+    return scores[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
+def _by_llama_cpp(folder, sequences, scratch):
+    (scratch / "ids.json").write_text(json.dumps([ids[0].tolist() for ids in sequences]))
+    convert = [sys.executable, LLAMA_CPP / "convert_hf_to_gguf.py", folder, "--outtype", "f32"]
+    packages = {**os.environ, "PYTHONPATH": str(LLAMA_CPP / "python")}
+    subprocess.run([*convert, "--outfile", scratch / "model.gguf"], check=True, env=packages)
+    files = [scratch / name for name in ("model.gguf", "ids.json", "found.json")]
+    subprocess.run(["node", HERE / "llama_engine.mjs", *files], check=True, cwd=LLAMA_CPP)
+    return torch.tensor(json.loads((scratch / "found.json").read_text()))
+
+
+@pytest.mark.parametrize("toolkit", ["gptqmodel", "gptqmodel-awq"])
+def test_llama_cpp_reads_every_bias(tmp_path, toolkit):
+    found = TOOLKITS[toolkit]
+    tokenizer = AutoTokenizer.from_pretrained(real.smollm2())  # the converter knows this one
+    source = tiny_checkpoint(tmp_path / "float", "llama", found.dtype, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(source)
+    calibration = [{"input_ids": ids} for ids in _sequences(len(tokenizer), 8, seed=0)]
+    settings = {"bits": 4 if "awq" in toolkit else 2, "group_size": 32, **found.settings}
+    bc_plugin.enable()
+    try:
+        result = found.quantize(source, calibration, {"positions": 0, "joint": False}, settings)
+        found.save(result, tmp_path / "in")
+    finally:
+        bc_plugin.disable()
+    tokenizer.save_pretrained(tmp_path / "in")
+    bc_plugin.export(tmp_path / "in", tmp_path / "out", engine="llama.cpp")
+
+    sequences = _sequences(len(tokenizer), 4, seed=9)
+    theirs = _by_llama_cpp(tmp_path / "out", sequences, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32)
+    plain = _log_probabilities(model, sequences)
+    Compensation.load(tmp_path / "in").attach_unchecked(model)
+    expected = _log_probabilities(model, sequences)
+    assert (theirs - expected).norm() < 0.2 * (theirs - plain).norm()
