@@ -33,14 +33,24 @@ def integers_of(
         group of each input channel, (in_features,). All are int64.
     """
     bits, qweight, qzeros = settings["bits"], tensors[f"{name}.qweight"], tensors[f"{name}.qzeros"]
-    zeros = unpack(qzeros, bits, dim=1)
     if settings["quant_method"] == "awq":
-        values = _in_order(unpack(qweight, bits, dim=1))
+        values, zeros = (_in_order(unpack(packed, bits, dim=1)) for packed in (qweight, qzeros))
         groups = torch.arange(len(values)) // (len(values) // len(zeros))
-        return values, _in_order(zeros), groups
-    if "gptq_v2" not in (settings.get("format"), settings.get("checkpoint_format")):
-        zeros = (zeros + 1) & (2**bits - 1)
+        return values, zeros, groups
+    if "gptq_v2" in (settings.get("format"), settings.get("checkpoint_format")):
+        zeros = unpack(qzeros, bits, dim=1)
+    else:
+        zeros = _plus_one(qzeros, bits)
     return unpack(qweight, bits, dim=0), zeros, tensors[f"{name}.g_idx"].long()
+
+
+def _plus_one(qzeros: Tensor, bits: int) -> Tensor:
+    """Zero points that are stored less one."""
+    if bits == 3:
+        return (unpack(qzeros, bits, dim=1) + 1) & (2**bits - 1)
+    # The one was taken from whole words, in which a zero point of zero borrows from the next.
+    ones = sum(1 << start for start in range(0, WORD, bits))
+    return unpack(qzeros + ones, bits, dim=1)
 
 
 def _in_order(columns: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation
 from bc_plugin.cli import app
-from bc_plugin.packing import pack, unpack
+from bc_plugin.packing import integers_of, pack, unpack
 
 
 def _compensated(folder, toolkit="transformers", architecture="llama", **settings):
@@ -116,8 +116,9 @@ def test_llama_cpp_gets_float_weights(tmp_path, toolkit, settings):
     assert type(exported.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert not hasattr(exported.config, "quantization_config")
     assert not (tmp_path / "out" / "quantize_config.json").exists()
-    plain, expected = logits(AutoModelForCausalLM.from_pretrained(folder)), _with_plugin(folder)
-    assert (logits(exported) - expected).norm() < 0.2 * (plain - expected).norm()
+    expected = _with_plugin(folder)
+    # Another kernel, which does not round inputs to half precision.
+    assert (logits(exported) - expected).norm() < 0.03 * expected.norm()
 
 
 def test_gptqmodel_loads_it_too(tmp_path):
@@ -139,17 +140,23 @@ def test_on_the_command_line(tmp_path):
     assert not any(name.endswith("bias_compensation") for name in tensors)
 
 
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_unpacking_reads_what_gptqmodel_packs(bits):
+def test_integers_are_what_gptqmodel_packed(bits, layout):
+    from gptqmodel import QuantizeConfig
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
 
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(2**bits, (64, 32), generator=generator)
+    zeros = torch.randint(2**bits, (2, 32), generator=generator)
+    zeros[0, 5] = 0  # in a format that stores it less one
+    groups = torch.arange(64) // 32
     linear = torch.nn.Linear(64, 32, bias=False)
-    linear.weight.data = values.T.float()
+    linear.weight.data = (values - zeros[groups]).T.float()
     packed = TorchLinear(
         bits=bits,
-        group_size=64,
+        group_size=32,
         sym=False,
         desc_act=False,
         in_features=64,
@@ -158,9 +165,13 @@ def test_unpacking_reads_what_gptqmodel_packs(bits):
         pack_dtype=torch.int32,
         register_buffers=True,
     )
-    groups = torch.zeros(64, dtype=torch.int32)
-    packed.pack_original(linear, torch.ones(32, 1), torch.zeros(32, 1), groups)
-    assert torch.equal(unpack(packed.qweight, bits, dim=0), values)
+    packed.pack_original(linear, torch.ones(32, 2), zeros.T.float(), groups.int())
+    if layout == "gptq":
+        convert_gptq_v2_to_v1_format_module(packed, QuantizeConfig(bits=bits, group_size=32))
+    tensors = {f"linear.{name}": tensor for name, tensor in packed.state_dict().items()}
+    settings = {"quant_method": "gptq", "bits": bits, "format": layout}
+    found = integers_of(tensors, "linear", settings)
+    assert all(torch.equal(a, b) for a, b in zip(found, (values, zeros, groups), strict=True))
 
 
 def test_packing_is_unpacked_again():

