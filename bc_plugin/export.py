@@ -171,7 +171,7 @@ def make_plan(
                 continue
             target, vector = f"{name}.{linear}", vector / factor
         else:
-            linear = name.removeprefix(compensation.blocks + ".").partition(".")[2]
+            linear = name.removeprefix(f"{compensation.blocks[0]}.").partition(".")[2]
             target = name
         if linear not in architecture.linears:
             plan.left[name] = "the architecture has no bias there"
@@ -221,7 +221,7 @@ def _set_biases(
 ) -> None:
     """Put the biases in place, and zeros where a flag makes an engine expect one."""
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-    prefix = compensation.blocks + "."
+    prefix = f"{compensation.blocks[0]}."  # no architecture known here has several lists
     inside = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
     blocks = sorted({key.partition(".")[0] for key in inside})
     for flag, linears in architecture.flags.items():
