@@ -158,9 +158,9 @@ class Compensation:
                     f"there is no module {name!r} in {type(model).__name__}; "
                     "these vectors belong to another model."
                 )
-            channels = self.errors[name].kind == "convolution"
-            rows = len(vectors) if channels else self.positions + 1
-            width = "out_channels" if channels else "out_features"
+            convolution = self.errors[name].kind == "convolution"
+            rows = len(vectors) if convolution else self.positions + 1
+            width = "out_channels" if convolution else "out_features"
             expected = (rows, getattr(modules[name], width, vectors.shape[-1]))
             if tuple(vectors.shape) != expected:
                 raise BiasCompensationError(

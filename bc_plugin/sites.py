@@ -57,7 +57,9 @@ class Site:
             )
         if context is not None and tokens == context.shape:
             return context
-        if len(tokens) == 2 and not bool((own < 0).any()):  # windows
+        # Windows, or a table of relative positions (Swin v2). A single dimension holds the tokens
+        # routed to an expert, which are others in the quantized model.
+        if len(tokens) > 1 and not bool((own < 0).any()):
             return torch.zeros(tokens, dtype=torch.int64, device=own.device)
         raise BiasCompensationError(
             f"expected outputs of shape {tuple(own.shape)} + (features,) from {self.name}; it "

@@ -172,8 +172,9 @@ def sites_outside(
 ) -> dict[str, str]:
     """Sites outside of the blocks that quantization changed, and the kind of each.
 
-    These are convolutions, such as a patch embedding, wherever they are, and the linears between
-    one list of blocks and the next (Swin's patch merging). Other linears, such as heads, are none.
+    These are 2D convolutions, such as a patch embedding, and the linears between one list of blocks
+    and the next (Swin's patch merging). Other linears, such as heads, are none; nor are
+    convolutions within blocks, whose shift the block's own vectors take out.
 
     Raises:
         BiasCompensationError: one of the float model is missing in the quantized one.

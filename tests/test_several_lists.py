@@ -111,10 +111,9 @@ def test_several_paths_survive_as_json():
 @pytest.mark.parametrize("kind", ["swin", "detr"])
 def test_leading_positions_across_lists_are_refused(kind, positions):
     model = tiny(kind)
-    with pytest.raises(BiasCompensationError, match="positions=0"):
-        bc_plugin.compensate(
-            crudely_quantized(model), model, inputs(kind), {"positions": positions}
-        )
+    config = {"positions": positions, "sites": "block"}
+    with pytest.raises(BiasCompensationError, match=r"2 lists of blocks.*positions=0"):
+        bc_plugin.compensate(crudely_quantized(model), model, inputs(kind), config)
 
 
 def test_leading_positions_within_windows_are_refused_and_blocks_have_them():
