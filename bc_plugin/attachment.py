@@ -1,7 +1,7 @@
 """Vectors in place: added to a module's output, or merged into its bias.
 
-A site's vectors are a buffer ``bias_compensation`` of shape (positions + 1, features) on the site's
-own module, so whatever saves or moves the model saves and moves them too.
+A site's vectors, in the shape that ``Compensation`` gives them, are a buffer ``bias_compensation``
+on the site's own module, so whatever saves or moves the model saves and moves them too.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import BiasCompensationError
 from .names import VECTOR
-from .positions import PositionTracker
+from .positions import PositionTracker, rows_of
 from .stream import copy_of
 
 BASE = "bias_without_compensation"
@@ -45,6 +46,25 @@ class AttachedSite:
             self.forward.undo()
         if self.merged is not None:
             self.merged.undo(self.module)
+        delattr(self.module, VECTOR)
+
+
+class AttachedConvolution:
+    """The vectors of a convolution, in place until ``detach``.
+
+    Args:
+        module: The quantized convolution.
+        vectors: (1, channels), or (patches, channels) with patches row by row.
+    """
+
+    def __init__(self, module: nn.Module, vectors: Tensor) -> None:
+        self.module = module
+        module.register_buffer(VECTOR, vectors)
+        self.forward = CompensatedConvolution(module)
+
+    def detach(self) -> None:
+        """Put the module back as it was."""
+        self.forward.undo()
         delattr(self.module, VECTOR)
 
 
@@ -101,8 +121,30 @@ class CompensatedForward(ReplacedForward):
         if self.shared_is_merged:
             wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
             vectors = wide - wide[-1]
-        rows = rows.to(hidden.device).reshape(hidden.shape[:-1])
-        return hidden + vectors.to(hidden.dtype)[rows]
+        return hidden + vectors.to(hidden.dtype)[rows_of(rows, hidden)]
+
+
+class CompensatedConvolution(ReplacedForward):
+    """A convolution's forward, with the vectors added along the channel axis."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output, (..., channels, height, width), compensated.
+
+        Raises:
+            BiasCompensationError: each patch has a vector, and there are more or fewer patches.
+        """
+        output = self.plain(*args, **kwargs)
+        if self.undone:
+            return output
+        vectors = getattr(self.module, VECTOR).to(output.device)
+        height, width = output.shape[-2:] if len(vectors) > 1 else (1, 1)
+        if height * width != len(vectors):
+            raise BiasCompensationError(
+                f"images are cut into {height * width} patches, but the compensation has vectors "
+                f"for {len(vectors)}; resize images to the size it was calibrated with, or compute "
+                "one with positions=1."
+            )
+        return (output + vectors.T.view(-1, height, width)).to(output.dtype)
 
 
 class MergedBias:

@@ -159,9 +159,19 @@ def _joined(items: list[dict[str, Any]]) -> Batch:
     }
 
 
+def _first(item: dict[str, Any]) -> Tensor:
+    return next(value for value in item.values() if isinstance(value, Tensor))
+
+
+def _is_images(item: dict[str, Any]) -> bool:
+    return "input_ids" not in item and _first(item).dim() == 4
+
+
 def _tokens(item: dict[str, Any]) -> int:
-    tensor = next(value for value in item.values() if isinstance(value, Tensor))
-    return tensor.shape[:2].numel()
+    if _is_images(item):  # as if cut into patches of 16 x 16 pixels, as by most models
+        count, _, height, width = _first(item).shape
+        return count * max(1, height * width // 256)
+    return _first(item).shape[:2].numel()
 
 
 def rebatch(items: Iterable[Any], batch_tokens: int) -> list[Batch]:
@@ -187,11 +197,12 @@ def rebatch(items: Iterable[Any], batch_tokens: int) -> list[Batch]:
 
 
 def spread(items: Sequence[Any], max_tokens: int | None) -> list[Any]:
-    """Items of about ``max_tokens`` tokens together, taken from all over the data."""
+    """Items of about ``max_tokens`` tokens together, taken from all over the data; all images."""
     items = list(items)
-    if max_tokens is None:
+    inputs = [_as_mapping(item, number) for number, item in enumerate(items)]
+    if max_tokens is None or any(map(_is_images, inputs)):
         return items
-    tokens = sum(_tokens(_as_mapping(item, number)) for number, item in enumerate(items))
+    tokens = sum(map(_tokens, inputs))
     count = min(len(items), max(2, math.ceil(len(items) * max_tokens / max(tokens, 1))))
     return [items[i * len(items) // count] for i in range(count)]
 

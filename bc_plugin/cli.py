@@ -340,9 +340,9 @@ def _print_sites(folder: Path, by_group: bool) -> None:
     for short, names in groups.items():
         members = [rows[name] for name in names]
         means = [_mean([member[column] for member in members]) for column in columns]
-        shape = " x ".join(map(str, members[0]["shape"]))
+        shapes = dict.fromkeys(" x ".join(map(str, member["shape"])) for member in members)
         size = f"{sum(member['bytes'] for member in members):,}"
-        table.add_row(short, members[0]["kind"], shape, size, *means)
+        table.add_row(short, members[0]["kind"], ", ".join(shapes), size, *means)
     console = Console()
     console.print(table)
     console.print(

@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,15 +16,25 @@ from .attachment import AttachedSite
 from .calibration import rebatch, split_held_out, spread
 from .compensation import Compensation, SiteErrors
 from .config import BiasCompensationConfig
-from .digest import weights_digest
+from .digest import weights_digest, weights_of
 from .errors import BiasCompensationError
 from .float_blocks import BlockSnapshot, LiveBlocks
 from .names import VECTOR
-from .positions import PositionTracker, vector_rows
+from .outside import measure_outside
+from .positions import PositionTracker
 from .rescaling import Rescaling
-from .statistics import ShiftStatistics
-from .stream import BlockCalls, copy_of, record_calls
-from .structure import Blocks, device_of, dtype_of, find_blocks, linear_sites, others_changed
+from .sites import Site
+from .stream import Batch, BlockCalls, copy_of, record_calls
+from .structure import (
+    Blocks,
+    device_of,
+    dtype_of,
+    find_block_lists,
+    find_blocks,
+    linear_sites,
+    others_changed,
+    sites_outside,
+)
 
 RESCALED = (
     "the quantized model's norms are not the float model's: scales were moved within its blocks, "
@@ -49,9 +58,16 @@ def compensate(
     compensated first, each fed the float linear's input; then the block, with those in place
     (Gong et al., arXiv 2404.01892).
 
+    A model may have several lists of blocks: stages, as in Swin, or an encoder and a decoder, as in
+    DETR. Each list starts from what the float model gives it, and ``positions`` has to be 0.
+    Convolutions outside of the blocks (patch embeddings) and the linears between stages are fed
+    the float model's own inputs, too; every place counts there, padding of images included.
+    Heads are no sites, be they a language model's, classifiers or box predictors.
+
     Args:
         quantized_model: Left as it was; use ``Compensation.attach`` on it afterwards.
-        float_model: A model with the same modules' names, or a snapshot of its blocks.
+        float_model: A model with the same modules' names, or a snapshot of its blocks, which takes
+            one list of blocks and nothing outside of them.
         calibration: Model inputs: dicts of tensors (or single tensors) with the batch first.
         config: Settings, as in a toolkit's ``bias_compensation`` keyword.
         rescalings: For blocks of the quantized model, the scales that AWQ moved within them.
@@ -63,7 +79,8 @@ def compensate(
 
     Raises:
         BiasCompensationError: the models do not match; the calibration data is empty, all
-            padding or too short for the positions; an output is not finite.
+            padding or too short for the positions; the positions of a site's tokens are unknown,
+            as in windowed or cross-attention; an output is not finite.
     """
     config = BiasCompensationConfig.parse(config) or BiasCompensationConfig()
     if any(VECTOR in module._buffers for module in quantized_model.modules()):
@@ -88,6 +105,18 @@ def compensate(
     return compensation
 
 
+def calibration_batches(
+    calibration: Iterable[Any], config: BiasCompensationConfig
+) -> tuple[list[Batch], list[Batch]]:
+    """The calibration data in batches: those that vectors are fitted to, and those held out."""
+    items = spread(list(calibration), config.max_tokens)
+    fitted, apart = split_held_out(items, config.held_out)
+    return (
+        rebatch(fitted, config.batch_tokens),
+        rebatch(apart, config.batch_tokens) if apart else [],
+    )
+
+
 def prepare_stream(
     model: nn.Module, blocks: Blocks, calibration: Iterable[Any], config: BiasCompensationConfig
 ) -> tuple[list[BlockCalls], int]:
@@ -100,10 +129,9 @@ def prepare_stream(
         BiasCompensationError: the data is empty, all padding, or too short for the positions, or
             there is too little of it to hold some out where that is needed.
     """
-    items = spread(list(calibration), config.max_tokens)
-    fitted, apart = split_held_out(items, config.held_out)
+    fitted, apart = calibration_batches(calibration, config)
     device = device_of(model)
-    stream = list(record_calls(model, blocks, rebatch(fitted, config.batch_tokens), device))
+    stream = list(record_calls(model, blocks, fitted, device))
     longest = max(int(calls.index.max()) + 1 for calls in stream)
     if config.positions != "all" and longest <= config.positions:
         raise BiasCompensationError(
@@ -115,38 +143,10 @@ def prepare_stream(
             "keep_only_if_better needs at least two calibration sequences, one to be held out."
         )
     if apart:
-        for calls in record_calls(model, blocks, rebatch(apart, config.batch_tokens), device):
+        for calls in record_calls(model, blocks, apart, device):
             calls.held_out = True
             stream.append(calls)
     return stream, longest if config.positions == "all" else config.positions
-
-
-@dataclass
-class _Site:
-    """Statistics of one site on the tokens the vectors are fitted to, and on those held out."""
-
-    kind: str
-    fitted: ShiftStatistics
-    held_out: ShiftStatistics
-
-    def update(self, batch: BlockCalls, positions: int, reference: Tensor, output: Tensor) -> None:
-        # Some blocks (OPT) flatten batch and length on the way.
-        tokens = reference.shape[:-1].numel()
-        if reference.shape != output.shape or tokens != batch.index.numel():
-            raise BiasCompensationError(
-                f"expected outputs of shape {tuple(batch.index.shape)} + (features,); the float "
-                f"module gives {tuple(reference.shape)}, the quantized one {tuple(output.shape)}."
-            )
-        index = batch.index.to(output.device).flatten()
-        rows = vector_rows(index, positions)
-        padded = bool((index < 0).any())
-        statistics = self.held_out if batch.held_out else self.fitted
-        statistics.update(
-            reference.flatten(0, -2),
-            output.flatten(0, -2),
-            rows,
-            index >= 0 if padded else None,
-        )
 
 
 class _Pass:
@@ -159,18 +159,26 @@ class _Pass:
         rescalings: Mapping[str, Rescaling],
         as_loaded: Callable[[nn.Module], nn.Module],
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.float_model, self.config = model, float_model, config
+        self.calibration = list(calibration)
         self.rescalings, self.as_loaded = rescalings, as_loaded
-        self.blocks = find_blocks(model, config.blocks)
+        self.live = isinstance(float_model, nn.Module)
+        self.lists = (
+            find_block_lists(model, config.blocks)
+            if self.live
+            else (find_blocks(model, config.blocks),)  # a snapshot has the blocks of one list
+        )
+        self.paths = [blocks.path for blocks in self.lists]
         self.dtype = dtype_of(model)
-        live = isinstance(float_model, nn.Module)
-        self.source = LiveBlocks(float_model, self.blocks) if live else float_model
-        # The float model's stream starts in front of the first block, which quantizers leave alone.
-        start = float_model if live else model
-        if live and find_blocks(float_model, self.blocks.path) != self.blocks:
+        self.source = LiveBlocks(float_model) if self.live else float_model
+        if self.live and find_block_lists(float_model, self.paths) != self.lists:
             raise BiasCompensationError("the two models have different numbers of blocks.")
-        self.stream, self.positions = prepare_stream(start, self.blocks, calibration, config)
-        self.tracker = PositionTracker(self.positions)
+        if len(self.lists) > 1 and config.positions != 0:
+            raise BiasCompensationError(
+                f"{type(model).__name__} has {len(self.lists)} lists of blocks: {self.paths}. "
+                "Their tokens are different ones, in different numbers, and no class token leads "
+                f"all of them, so positions={config.positions!r} has no meaning; use positions=0."
+            )
         self.vectors: dict[str, Tensor] = {}
         self.errors: dict[str, SiteErrors] = {}
         self.attached: list[AttachedSite] = []
@@ -178,12 +186,24 @@ class _Pass:
         self.rescaled = False
 
     def run(self) -> Compensation:
-        for position, name in enumerate(tqdm(self.blocks.names, desc="Compensating blocks")):
-            try:
-                self._compensate_block(position, name)
-            finally:
-                while self.attached:
-                    self.attached.pop().detach()
+        if self.live and "linear" in self.config.sites:
+            self._compensate_outside()
+        for blocks in self.lists:
+            # The float stream starts in front of the first block, in what quantizers leave alone;
+            # in front of a later list stand blocks, too, but then the float model is at hand.
+            self.stream, self.positions = prepare_stream(
+                self.float_model if self.live else self.model,
+                blocks,
+                self.calibration,
+                self.config,
+            )
+            self.tracker = PositionTracker(self.positions)
+            for position, name in enumerate(tqdm(blocks.names, desc="Compensating blocks")):
+                try:
+                    self._compensate_block(position, name)
+                finally:
+                    while self.attached:
+                        self.attached.pop().detach()
         if not self.changed:
             raise BiasCompensationError(
                 "there is nothing to compensate: the linears of both models are the same. Pass the "
@@ -195,9 +215,31 @@ class _Pass:
             vectors=self.vectors,
             errors=self.errors,
             positions=self.positions,
-            blocks=self.blocks.path,
-            digest=weights_digest(self.model, self.blocks),
+            blocks=self.paths,
+            digest=weights_digest(self.model, weights_of(self.paths, self.vectors)),
         )
+
+    def _compensate_outside(self) -> None:
+        """The sites outside of the blocks. No other site depends on their vectors."""
+        kinds = sites_outside(self.float_model, self.model, self.lists)
+        if not kinds:
+            return
+        fitted, apart = calibration_batches(self.calibration, self.config)
+        sites = measure_outside(
+            self.float_model,
+            {name: self.as_loaded(self.model.get_submodule(name)) for name in kinds},
+            kinds,
+            fitted,
+            apart,
+            self.config.positions == "all",
+            self.dtype,
+        )
+        for name in kinds:
+            if name in sites:
+                self.changed = True
+                self._settle(sites[name])
+            else:
+                tqdm.write(f"{name}: left out, the calibration data never reaches it")
 
     def _compensate_block(self, position: int, name: str) -> None:
         quantized = self.as_loaded(self.model.get_submodule(name))
@@ -234,7 +276,7 @@ class _Pass:
         device: torch.device,
     ) -> list[Tensor]:
         """Run the float block; each float linear's input also goes through the quantized one."""
-        sites = {linear: self._site("linear") for linear in linears}
+        sites = {linear: Site(f"{name}.{linear}", "linear", self.positions) for linear in linears}
         rescaling = self.rescalings.get(name, Rescaling())
         current: BlockCalls | None = None
 
@@ -243,7 +285,7 @@ class _Pass:
 
             def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
                 shifted = module(rescaling.input_of(linear, args[0]).to(self.dtype))
-                sites[linear].update(current, self.positions, output, shifted)
+                sites[linear].update(current, output, shifted)
 
             return hook
 
@@ -257,26 +299,32 @@ class _Pass:
                 outputs.append(current.run(reference, position, device, dtype))
                 self._check_finite(outputs[-1], name, "float")
         for linear, site in sites.items():
-            self._settle(f"{name}.{linear}", site, quantized.get_submodule(linear))
+            vectors = self._settle(site)
+            if vectors is not None:
+                module = quantized.get_submodule(linear)
+                self.attached.append(AttachedSite(module, vectors, self.tracker, self.dtype))
         return outputs
 
     def _run_quantized(
         self, position: int, name: str, quantized: nn.Module, references: list[Tensor]
     ) -> None:
         """Run the quantized block, with its linears compensated, on the float stream."""
-        site = self._site("block")
+        site = Site(name, "block", self.positions)
         for batch, reference in zip(self.stream, references, strict=True):
             self.tracker.observe(batch.index)
             output = batch.run(quantized, position, reference.device, self.dtype)
             self._check_finite(output, name, "quantized")
-            site.update(batch, self.positions, reference, output)
-        self._settle(name, site, quantized)
+            site.update(batch, reference, output)
+        self._settle(site)
 
-    def _site(self, kind: str) -> _Site:
-        return _Site(kind, ShiftStatistics(self.positions), ShiftStatistics(self.positions))
-
-    def _settle(self, name: str, site: _Site, module: nn.Module) -> None:
-        """Turn a site's statistics into vectors, and put them in place for what follows."""
+    def _settle(self, site: Site) -> Tensor | None:
+        """Turn a site's statistics into vectors; None where they are not kept."""
+        name = site.name
+        if site.fitted.total is None:
+            raise BiasCompensationError(
+                f"{name}: the calibration data never reaches this module. Use other data, or "
+                "compensate only blocks with sites='block'."
+            )
         vectors = _stored(site.fitted.vectors(), self.config.dtype, self.dtype)
         if not bool(torch.isfinite(vectors).all()):
             raise BiasCompensationError(
@@ -293,10 +341,9 @@ class _Pass:
         worse = has_held_out and errors.held_out_after > errors.held_out_before
         if self.config.keep_only_if_better and worse:
             tqdm.write(f"{name}: dropped, its held-out error would rise")
-            return
+            return None
         self.vectors[name], self.errors[name] = vectors, errors
-        if site.kind == "linear":  # nothing follows the block that would need its own in place
-            self.attached.append(AttachedSite(module, vectors, self.tracker, self.dtype))
+        return vectors
 
     def _check_finite(self, output: Tensor, name: str, which: str) -> None:
         if not bool(torch.isfinite(output).all()):

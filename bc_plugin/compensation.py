@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .attachment import AttachedSite
+from .attachment import AttachedConvolution, AttachedSite
 from .checkpoint import checkpoint_files, read_entry, read_vectors, written_whole
-from .digest import weights_digest
+from .digest import weights_digest, weights_of
 from .errors import BiasCompensationError
 from .names import KEY, VECTOR, collapse, expand
 from .positions import PositionTracker
-from .structure import device_of, dtype_of, find_blocks
+from .structure import device_of, dtype_of, find_block_lists
 
 FORMAT_VERSION = 1
 FILE = "bias_compensation.safetensors"
@@ -30,7 +30,7 @@ class SiteErrors:
     """Mean squared error of one site's output, per value, against the float model.
 
     Attributes:
-        kind: ``"linear"`` or ``"block"``.
+        kind: ``"linear"``, ``"block"`` or ``"convolution"``.
         before, after: Without and with its vectors, on the tokens they were fitted to.
         held_out_before, held_out_after: The same on tokens kept apart; None where none were.
     """
@@ -47,10 +47,11 @@ class Compensation:
 
     Attributes:
         vectors: For each site, by module path, a tensor of shape (positions + 1, features). Row i
-            is added to the output for token i of a sequence, the last row for all later tokens.
+            is added to the output for token i of a sequence, the last row for all later tokens. A
+            convolution's has the shape (1, channels), or (patches, channels), patches row by row.
         errors: For each site, the error before and after.
         positions: Number of leading positions with a vector of their own.
-        blocks: Path of the list of blocks.
+        blocks: Paths of the lists of blocks; mostly there is one.
         digest: Of the quantized weights that the vectors belong to.
         joint: Whether the quantizer knew that they would follow, and minimised what they leave.
         refined: How they were trained after the closed form, which ``errors`` are of: ``by``,
@@ -65,7 +66,7 @@ class Compensation:
         vectors: Mapping[str, Tensor],
         errors: Mapping[str, SiteErrors],
         positions: int,
-        blocks: str,
+        blocks: str | Sequence[str],
         digest: str,
         joint: bool = False,
         refined: Mapping[str, Any] | None = None,
@@ -73,7 +74,7 @@ class Compensation:
         self.vectors = dict(vectors)
         self.errors = dict(errors)
         self.positions = positions
-        self.blocks = blocks
+        self.blocks = (blocks,) if isinstance(blocks, str) else tuple(blocks)
         self.digest = digest
         self.joint = joint
         self.refined = refined
@@ -107,13 +108,18 @@ class Compensation:
             raise BiasCompensationError("the model is compensated already; detach that first.")
         dtype = dtype_of(model)
         tracker = PositionTracker(self.positions)
-        blocks = find_blocks(model, self.blocks)
-        first = model.get_submodule(blocks.names[0])
-        handles = tracker.listen(model.get_submodule(blocks.owner), first)
+        handles = []
+        for blocks in find_block_lists(model, self.blocks):
+            first = model.get_submodule(blocks.names[0])
+            handles += tracker.listen(model.get_submodule(blocks.owner), first)
         sites = []
         for name, vectors in self.vectors.items():
             module = model.get_submodule(name)
-            sites.append(AttachedSite(module, vectors.to(device_of(module)), tracker, dtype))
+            vectors = vectors.to(device_of(module))
+            if self.errors[name].kind == "convolution":
+                sites.append(AttachedConvolution(module, vectors))
+            else:
+                sites.append(AttachedSite(module, vectors, tracker, dtype))
         model._bias_compensation = (self, sites, handles)
         _set_entry(model, self.entry())
 
@@ -152,8 +158,10 @@ class Compensation:
                     f"there is no module {name!r} in {type(model).__name__}; "
                     "these vectors belong to another model."
                 )
-            features = getattr(modules[name], "out_features", vectors.shape[-1])
-            expected = (self.positions + 1, features)
+            convolution = self.errors[name].kind == "convolution"
+            rows = len(vectors) if convolution else self.positions + 1
+            width = "out_channels" if convolution else "out_features"
+            expected = (rows, getattr(modules[name], width, vectors.shape[-1]))
             if tuple(vectors.shape) != expected:
                 raise BiasCompensationError(
                     f"{name}.{VECTOR} has shape {tuple(vectors.shape)}, expected {expected}; "
@@ -164,7 +172,8 @@ class Compensation:
                     f"{name}.{VECTOR} holds NaN or infinity; the file is damaged, compute the "
                     "compensation again."
                 )
-        digest = weights_digest(model, find_blocks(model, self.blocks))
+        lists = [blocks.path for blocks in find_block_lists(model, self.blocks)]
+        digest = weights_digest(model, weights_of(lists, self.vectors))
         if digest != self.digest:
             raise BiasCompensationError(
                 f"the vectors were computed for quantized weights with digest {self.digest}; this "
@@ -195,7 +204,7 @@ class Compensation:
         return {
             "format_version": FORMAT_VERSION,
             "positions": self.positions,
-            "blocks": self.blocks,
+            "blocks": self.blocks[0] if len(self.blocks) == 1 else list(self.blocks),
             "sites": sites,
             "joint": self.joint,
             "refined": self.refined,

@@ -21,20 +21,26 @@ class BiasCompensationConfig:
         positions: How many leading tokens of a sequence get a vector of their own; all later
             tokens share one. 1 sets the attention sink apart, 0 is a plain bias that export can
             merge, ``"all"`` gives one vector per position up to the calibration length, which is
-            the setting of Gong et al. (arXiv 2404.01892) for language models.
-        sites: ``"linear"`` (outputs of quantized linears), ``"block"`` (outputs of transformer
-            blocks) or both. Linears come first; blocks are measured with those in place.
+            the setting of Gong et al. (arXiv 2404.01892). In image models these are the class
+            token and, with ``"all"``, every patch. A convolution has one vector per channel, or
+            with ``"all"`` one per patch if it cuts images into patches. Models with several lists
+            of blocks (Swin, DETR), and sites that see tokens in windows, need 0.
+        sites: ``"linear"`` (outputs of quantized linears, and of quantized convolutions outside
+            of the blocks), ``"block"`` (outputs of transformer blocks) or both. Linears come
+            first; blocks are measured with those in place. Heads are no sites.
         joint: Let the toolkit's GPTQ know that a bias will follow: it minimises the error that is
             left once the mean is taken out. Only where linears are compensated, and where the
             toolkit quantizes with plain GPTQ; otherwise it changes nothing.
-        blocks: Dotted path of the ``ModuleList`` of blocks, e.g. ``"model.layers"``. Found when
-            not given.
+        blocks: Dotted path of the ``ModuleList`` of blocks, e.g. ``"model.layers"``, or several.
+            Found when not given; see ``bc_plugin.structure.find_block_lists``.
         held_out: Share of the calibration sequences kept apart to measure the error on tokens
             that the vectors were not fitted to. 0 keeps none.
         keep_only_if_better: Drop a site whose held-out error rises.
         max_tokens: Calibration tokens used, spread over the data; None for all. A mean needs far
-            fewer than a Hessian: 4,096 gave the same perplexity as 16,384 on a 135M model.
-        batch_tokens: Tokens per forward pass. Changes speed and memory, not the result.
+            fewer than a Hessian: 4,096 gave the same perplexity as 16,384 on a 135M model. Images
+            are all used, since a class token, or a patch, is seen but once in each.
+        batch_tokens: Tokens per forward pass; an image counts as patches of 16 x 16 pixels.
+            Changes speed and memory, not the result.
         refine_steps: Train the vectors so many steps against the float model, starting from the
             closed form; see ``bc_plugin.refine``. 0 leaves them as they are.
         refine: What the training compares, ``"model"`` or ``"block"``.
@@ -48,7 +54,7 @@ class BiasCompensationConfig:
     positions: int | Literal["all"] = 1
     sites: tuple[str, ...] = SITES
     joint: bool = True
-    blocks: str | None = None
+    blocks: str | tuple[str, ...] | None = None
     held_out: float = 0.125
     keep_only_if_better: bool = False
     max_tokens: int | None = 8192
@@ -60,6 +66,9 @@ class BiasCompensationConfig:
     def __post_init__(self) -> None:
         sites = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
         object.__setattr__(self, "sites", sites)
+        if isinstance(self.blocks, list):
+            object.__setattr__(self, "blocks", tuple(self.blocks))
+        paths = (self.blocks,) if isinstance(self.blocks, str) else self.blocks
         is_count = isinstance(self.positions, int) and not isinstance(self.positions, bool)
         self._require(
             self.positions == "all" or (is_count and self.positions >= 0),
@@ -70,6 +79,14 @@ class BiasCompensationConfig:
             bool(sites) and set(sites) <= set(SITES) and len(set(sites)) == len(sites),
             "sites",
             f"one or both of {SITES}",
+        )
+        self._require(
+            paths is None
+            or (
+                isinstance(paths, tuple) and bool(paths) and all(isinstance(p, str) for p in paths)
+            ),
+            "blocks",
+            "the path of a list of blocks, or several",
         )
         self._require(0 <= self.held_out < 1, "held_out", "a share from 0 to below 1")
         self._require(

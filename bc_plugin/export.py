@@ -116,7 +116,7 @@ def export(
             "with the plugin, or see whether --as-llama fits."
         )
     tensors = read_tensors(compensated)
-    unfuse(tensors, fused, compensation.blocks)
+    unfuse(tensors, fused, compensation.blocks[0])
     _set_biases(tensors, plan, architecture, config, compensation)
     settings = config.get("quantization_config")
     if settings is not None:
@@ -177,6 +177,7 @@ def make_plan(
         fused: Linears that the exported checkpoint has in parts.
     """
     plan = Plan()
+    (path,) = compensation.blocks  # no architecture known here has several lists of blocks
     read = architecture.engines[engine]
     factor = architecture.factor(config)
     for name, vectors in compensation.vectors.items():
@@ -187,8 +188,8 @@ def make_plan(
                 continue
             block, found = name, {architecture.last: vector / factor}
         else:
-            index, _, linear = name.removeprefix(compensation.blocks + ".").partition(".")
-            block, found = f"{compensation.blocks}.{index}", parts_of(linear, vector, fused or {})
+            index, _, linear = name.removeprefix(f"{path}.").partition(".")
+            block, found = f"{path}.{index}", parts_of(linear, vector, fused or {})
         if not set(found) <= set(architecture.linears):
             plan.left[name] = "the architecture has no bias there"
         elif not set(found) <= set(read):
@@ -243,7 +244,7 @@ def _set_biases(
 ) -> None:
     """Put the biases in place, and zeros where a flag makes an engine expect one."""
     dtype = _dtype(config)
-    prefix = compensation.blocks + "."
+    prefix = f"{compensation.blocks[0]}."
     inside = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
     blocks = sorted({key.partition(".")[0] for key in inside})
     for flag, linears in architecture.flags.items():

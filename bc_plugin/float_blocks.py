@@ -19,11 +19,10 @@ class LiveBlocks:
 
     Args:
         model: The float model, on any device, also one that accelerate offloads.
-        blocks: Where its blocks are.
     """
 
-    def __init__(self, model: nn.Module, blocks: Blocks) -> None:
-        self.model, self.blocks = model, blocks
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
 
     @contextmanager
     def load(self, name: str, device: torch.device) -> Iterator[nn.Module]:

@@ -69,13 +69,14 @@ def fit_to(compensation: Compensation, model: nn.Module) -> Compensation:
     """The same vectors under the names of ``model``, which may be a base model without a head."""
     prefix = getattr(model, "base_model_prefix", "") + "."
     names = {name for name, _ in model.named_modules()}
-    if compensation.blocks in names or not compensation.blocks.startswith(prefix):
+    blocks = compensation.blocks
+    if names.issuperset(blocks) or not all(path.startswith(prefix) for path in blocks):
         return compensation
     return Compensation(
         {name.removeprefix(prefix): v for name, v in compensation.vectors.items()},
         {name.removeprefix(prefix): e for name, e in compensation.errors.items()},
         compensation.positions,
-        compensation.blocks.removeprefix(prefix),
+        [path.removeprefix(prefix) for path in blocks],
         compensation.digest,
         compensation.joint,
         compensation.refined,

@@ -56,6 +56,26 @@ def _from_mask(mask: Any, length: int, past: int | Tensor) -> Tensor | None:
     return None
 
 
+def context_index(arguments: Mapping[str, Any]) -> Tensor | None:
+    """Index of every token that a block attends to beside its own, as a decoder to its encoder's.
+
+    Args:
+        arguments: What the block was called with, by name.
+
+    Returns:
+        int64 of shape (batch, length), -1 for padding; None where there are no such tokens.
+    """
+    context, mask = (arguments.get(f"encoder_{x}") for x in ("hidden_states", "attention_mask"))
+    if context is None:
+        return None
+    if mask is None:
+        return plain_index(context)
+    if mask.dim() == 4:  # (batch, heads, query, key), as in ``_from_mask``
+        mask = (mask if mask.dtype == torch.bool else mask == 0)[:, 0].any(1)
+    index = _from_mask(mask, context.shape[1], 0)
+    return index.expand(context.shape[:2])
+
+
 def plain_index(hidden: Tensor) -> Tensor:
     """Token indices of hidden states (batch, length, features) without padding or cache."""
     batch, length = hidden.shape[:2]
@@ -97,6 +117,22 @@ def token_index(arguments: Mapping[str, Any]) -> Tensor | None:
 def vector_rows(index: Tensor, positions: int) -> Tensor:
     """The row of a ``(positions + 1, features)`` table that each token uses; the last is shared."""
     return index.masked_fill(index < 0, positions).clamp(max=positions)
+
+
+def rows_of(rows: Tensor, hidden: Tensor) -> Tensor:
+    """``rows``, (batch, length), laid out like the tokens of ``hidden``, which may be flattened.
+
+    Raises:
+        BiasCompensationError: ``hidden`` holds other tokens, or the same in windows.
+    """
+    tokens = hidden.shape[:-1]
+    if tokens != rows.shape and tokens != (rows.numel(),):
+        raise BiasCompensationError(
+            f"a site gives tokens of shape {tuple(tokens)} where the model has "
+            f"{tuple(rows.shape)}, as in windowed or cross-attention, so their positions are "
+            "unknown; compensate with positions=0."
+        )
+    return rows.to(hidden.device).reshape(tokens)
 
 
 class PositionTracker:

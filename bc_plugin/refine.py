@@ -98,6 +98,10 @@ def refined(
     config = config or RefinementConfig()
     if not compensation.vectors:
         raise BiasCompensationError("the compensation has no vectors that could be refined.")
+    if any(errors.kind == "convolution" for errors in compensation.errors.values()):
+        raise BiasCompensationError(
+            "refinement is for language models; this compensation has vectors of convolutions."
+        )
     data = RefinementData(calibration, config)
     progress = Progress(
         None if folder is None else Path(folder),

@@ -41,7 +41,7 @@ def refined_by_block(
             f"{type(float_model).__name__}."
         )
     blocks = find_blocks(model, compensation.blocks)
-    source = LiveBlocks(float_model, blocks) if live else float_model
+    source = LiveBlocks(float_model) if live else float_model
     start = float_model if live else model
     with torch.no_grad():
         stream = list(record_calls(start, blocks, data.batches, device_of(start)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import BiasCompensationError
-from .positions import call_arguments, plain_index, token_index
+from .positions import call_arguments, context_index, plain_index, token_index
 from .structure import Blocks
 
 Batch = Mapping[str, Any] | Tensor
@@ -32,12 +32,14 @@ class BlockCalls:
         index: int64 (batch, length), each token's index in its sequence, -1 for padding.
         calls: For every block, the other arguments it is called with.
         held_out: Whether the batch is kept apart for measuring.
+        context: The index of the tokens that the blocks attend to beside their own, if any.
     """
 
     hidden: Tensor
     index: Tensor
     calls: list[tuple[tuple, dict[str, Any]]] = field(default_factory=list)
     held_out: bool = False
+    context: Tensor | None = None
 
     def run(self, block: nn.Module, position: int, device: torch.device, dtype: torch.dtype | None):
         """Output of ``block``, the one at ``position``, for the current hidden states."""
@@ -107,33 +109,35 @@ def _replaced_blocks(model: nn.Module, blocks: Blocks, forward) -> Iterator[None
 
 
 def _run_up_to_blocks(model: nn.Module, batch: Batch, device: torch.device) -> None:
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
+    # A cache would grow with every run of a block. Parts of a model may have a config of their own.
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = [config for config in found if getattr(config, "use_cache", False) is True]
     try:
-        if use_cache:
+        for config in configs:
             config.use_cache = False
         call_model(model, batch, device)
     except _LastBlockReached:
         pass
     finally:
-        if use_cache:
-            config.use_cache = use_cache
+        for config in configs:
+            config.use_cache = True
 
 
-def _returns_tuple(model: nn.Module, blocks: Blocks, batch: Batch, device: torch.device) -> bool:
-    """Whether blocks return a tuple or the bare hidden states; found out by running the first."""
-    first = copy_of(model.get_submodule(blocks.names[0])).forward
-    seen = []
+class _FirstBlock:
+    """A copy of the first block, run for the form of what blocks return."""
 
-    def run_first(position: int, *args: Any, **kwargs: Any) -> None:
-        seen.append(isinstance(first(*args, **kwargs), tuple))
-        raise _LastBlockReached
+    def __init__(self, model: nn.Module, blocks: Blocks) -> None:
+        self.forward = copy_of(model.get_submodule(blocks.names[0])).forward
+        self.width = 0
 
-    with _replaced_blocks(model, blocks, run_first):
-        _run_up_to_blocks(model, batch, device)
-    if not seen:
-        raise BiasCompensationError(f"the model ran without calling its block {blocks.names[0]!r}.")
-    return seen[0]
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """Find out how many values blocks return as a tuple; 0 for the bare hidden states."""
+        output = self.forward(*args, **kwargs)
+        self.width = len(output) if isinstance(output, tuple) else 0
+
+    def rest(self, *args: Any, **kwargs: Any) -> tuple:
+        """What it returns beside the hidden states, such as T5's position bias."""
+        return self.forward(*args, **kwargs)[1:] if self.width > 1 else ()
 
 
 def record_calls(
@@ -143,34 +147,50 @@ def record_calls(
 
     The float model's stream starts here; each block's output is the next one's input. Blocks may
     be called differently (masks and rotary embeddings by kind of layer), so every call is kept.
+    Blocks of other lists are run as they are.
+
+    Raises:
+        BiasCompensationError: the model does not come to its blocks.
     """
-    as_tuple = _returns_tuple(model, blocks, batches[0], device)
+    first = _FirstBlock(model, blocks)
+
+    def run_first(position: int, *args: Any, **kwargs: Any) -> None:
+        first.run(*args, **kwargs)
+        raise _LastBlockReached
+
+    with _replaced_blocks(model, blocks, run_first):
+        _run_up_to_blocks(model, batches[0], device)
     for batch in batches:
-        yield _record(model, blocks, batch, device, as_tuple)
+        yield _record(model, blocks, batch, device, first)
 
 
 def _record(
-    model: nn.Module, blocks: Blocks, batch: Batch, device: torch.device, as_tuple: bool
+    model: nn.Module, blocks: Blocks, batch: Batch, device: torch.device, first: _FirstBlock
 ) -> BlockCalls:
     record: BlockCalls | None = None
     index: Tensor | None = None
+    rest: tuple = ()
 
     def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal index
         index = token_index(call_arguments(module, args, kwargs))
 
     def forward(position: int, *args: Any, **kwargs: Any) -> Any:
-        nonlocal record
-        if args:
-            hidden, args = args[0], args[1:]
-        else:
-            hidden = kwargs.pop("hidden_states")
+        nonlocal record, rest
+        hidden = args[0] if args else kwargs["hidden_states"]
         if record is None:
-            record = BlockCalls(hidden, plain_index(hidden) if index is None else index)
+            rest = first.rest(*args, **kwargs)
+            block = model.get_submodule(blocks.names[position])
+            record = BlockCalls(
+                hidden,
+                plain_index(hidden) if index is None else index,
+                context=context_index(call_arguments(block, args, kwargs)),
+            )
+        args, kwargs = args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}
         record.calls.append((args, kwargs))
         if position == len(blocks.names) - 1:
             raise _LastBlockReached
-        return (hidden,) if as_tuple else hidden
+        return (hidden, *rest) if first.width else hidden
 
     owner = model.get_submodule(blocks.owner)
     handle = owner.register_forward_pre_hook(observe, with_kwargs=True)
@@ -179,4 +199,6 @@ def _record(
             _run_up_to_blocks(model, batch, device)
     finally:
         handle.remove()
+    if record is None:
+        raise BiasCompensationError(f"the model ran without calling its block {blocks.names[0]!r}.")
     return record

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .architectures import ARCHITECTURES
 from .attachment import CompensatedForward, ReplacedForward
 from .compensation import Compensation
-from .positions import PositionTracker
+from .positions import PositionTracker, rows_of
 from .stream import copy_of
 from .structure import device_of
 
@@ -47,8 +47,7 @@ class TrainedForward(CompensatedForward):
         if rows is None:
             return (hidden + vectors[-1]).to(hidden.dtype)
         # A product, since indexing has a slow backward pass.
-        rows = rows.to(hidden.device).reshape(hidden.shape[:-1])
-        chosen = functional.one_hot(rows, len(vectors)).to(vectors.dtype)
+        chosen = functional.one_hot(rows_of(rows, hidden), len(vectors)).to(vectors.dtype)
         return (hidden + chosen @ vectors).to(hidden.dtype)
 
 

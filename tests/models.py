@@ -71,11 +71,11 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **changes) -> nn.Modu
 
 
 def crudely_quantized(model: nn.Module, step: float = 0.05) -> nn.Module:
-    """A copy whose linears inside blocks are rounded down, which shifts their outputs."""
+    """A copy whose linears and convolutions are rounded down, which shifts their outputs."""
     quantized = copy.deepcopy(model)
     with torch.no_grad():
         for name, module in quantized.named_modules():
-            linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+            linear = isinstance(module, (nn.Linear, nn.Conv2d)) or type(module).__name__ == "Conv1D"
             if linear and "lm_head" not in name:
                 module.weight.copy_((module.weight / step).floor() * step)
     return quantized

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bc_plugin import BiasCompensationError
-from bc_plugin.positions import token_index, vector_rows
+from bc_plugin.positions import rows_of, token_index, vector_rows
 
 
 class _Cache:
@@ -94,3 +94,12 @@ def test_vector_rows_padding_uses_the_shared_row():
     index = torch.tensor([[-1, 0, 1, 2, 3]])
     assert vector_rows(index, 2).tolist() == [[2, 0, 1, 2, 2]]
     assert vector_rows(index, 0).tolist() == [[0] * 5]
+
+
+def test_rows_fit_tokens_in_order_only():
+    rows = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 1]])
+    assert torch.equal(rows_of(rows, torch.zeros(2, 4, 3)), rows)
+    assert torch.equal(rows_of(rows, torch.zeros(8, 3)), rows.flatten())
+    for tokens in [(4, 2), (2, 2, 2), (2, 5)]:  # windows, and other tokens
+        with pytest.raises(BiasCompensationError, match="positions=0"):
+            rows_of(rows, torch.zeros(*tokens, 3))

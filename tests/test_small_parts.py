@@ -11,7 +11,14 @@ from torch import nn
 
 import bc_plugin
 from bc_plugin import BiasCompensationConfig, BiasCompensationError
-from bc_plugin.calibration import read_text, rebatch, sample_from, split_held_out, windows
+from bc_plugin.calibration import (
+    read_text,
+    rebatch,
+    sample_from,
+    split_held_out,
+    spread,
+    windows,
+)
 from bc_plugin.names import collapse, expand
 from bc_plugin.structure import find_blocks
 
@@ -125,6 +132,13 @@ def test_rebatch_joins_what_has_one_shape():
     assert [b.shape for b in rebatch([torch.zeros(1, 2), torch.zeros(1, 2)], 99)] == [(2, 2)]
 
 
+def test_images_are_batched_by_their_patches_and_all_used():
+    images = [{"pixel_values": torch.zeros(1, 3, 32, 64)} for _ in range(5)]  # 8 patches each
+    sizes = [len(batch["pixel_values"]) for batch in rebatch(images, batch_tokens=16)]
+    assert sizes == [2, 2, 1]
+    assert len(spread(images, max_tokens=16)) == 5
+
+
 @pytest.mark.parametrize(
     ("count", "share", "apart"), [(32, 0.125, 4), (1, 0.5, 0), (2, 0.01, 1), (9, 0, 0)]
 )
@@ -141,12 +155,12 @@ def test_two_lists_of_blocks_must_be_told_apart():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.encoder = nn.ModuleList([nn.Linear(2, 2)])
-            self.decoder = nn.ModuleList([nn.Linear(2, 2)])
+            self.vision = nn.ModuleList([nn.Linear(2, 2)])
+            self.text = nn.ModuleList([nn.Linear(2, 2)])
 
-    with pytest.raises(BiasCompensationError, match=r"\['encoder', 'decoder'\]"):
+    with pytest.raises(BiasCompensationError, match=r"\['vision', 'text'\]"):
         find_blocks(Two())
-    assert find_blocks(Two(), "decoder").names == ("decoder.0",)
+    assert find_blocks(Two(), "text").names == ("text.0",)
     with pytest.raises(BiasCompensationError, match="'middle' is not a list"):
         find_blocks(Two(), "middle")
 
