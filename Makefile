@@ -6,7 +6,7 @@ VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
 
 .PHONY: setup setup-legacy setup-vllm demo test test-current test-legacy test-vllm lint benchmark benchmark-toolkits benchmark-serving \
-	benchmark-comparison clean
+	benchmark-comparison benchmark-vision clean
 
 setup: $(VENV)/.ready
 
@@ -78,6 +78,10 @@ benchmark-serving: setup setup-vllm
 # About four hours on two cores for both widths and both seeds; ARGS="--bits 3 --seed 0" is one part.
 benchmark-comparison: setup
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/comparison.py $(ARGS)
+
+# About three quarters of an hour on two cores, a third of it training that is kept.
+benchmark-vision: setup
+	PYTHONPATH=integration $(BIN)/python integration/benchmarks/vision.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(LEGACY) $(VLLM) .cache
