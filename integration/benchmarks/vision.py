@@ -36,7 +36,7 @@ import bc_plugin
 FOLDER = real.CACHE / "vision"
 VARIANTS = {"none": None, "BC 1": 1, "BC all": "all"}
 WIDTHS = {
-    "uniform": ["W8A8", "W6A6", "W4A8", "W4A4"],
+    "uniform": ["W8A8", "W6A6", "W4A8", "W4A4", "W2A8"],
     "quanto": ["W8A8", "W4A8"],  # it has no weights of 6 bits, and activations of 8 bits only
 }
 # Trained with rounding, then compensated to be like the float model it comes from, or like what its
