@@ -79,7 +79,7 @@ benchmark-serving: setup setup-vllm
 benchmark-comparison: setup
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/comparison.py $(ARGS)
 
-# About three quarters of an hour on two cores, a third of it training that is kept.
+# About an hour on two busy cores, nearly half of it training that is kept.
 benchmark-vision: setup
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/vision.py $(ARGS)
 

@@ -10,6 +10,7 @@ measured is not measured again; ``--again`` starts anew, but for the training of
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -134,8 +135,11 @@ class Subject:
     def outputs(self, setting: str, variant: str = "none") -> Tensor:
         return load_file(self.path(setting, variant))["outputs"]
 
-    def shift(self, setting: str, variant: str) -> float:
-        return float(load_file(self.path(setting, variant))["shift"])
+    def shift(self, setting: str, variant: str) -> str:
+        """That share, or that only blocks were compensated, since there is more than rounding
+        between the two models, as after training."""
+        share = float(load_file(self.path(setting, variant))["shift"])
+        return "blocks only" if math.isnan(share) else f"{share:.0%}"
 
 
 class Classifier(Subject):
@@ -246,7 +250,7 @@ def print_table(subject: Subject) -> None:
     table = Table("", *columns, shift, title=subject.title)
     table.add_row("float32", subject.cell("float", "none"))
     for setting in subject.settings():
-        shifts = [f"{subject.shift(setting, v):.0%}" for v in VARIANTS if v != "none"]
+        shifts = [subject.shift(setting, variant) for variant in VARIANTS if variant != "none"]
         cells = [subject.cell(setting, variant) for variant in VARIANTS]
         table.add_row(setting, *cells, " / ".join(shifts))
     Console(width=140).print(table)
