@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 .PHONY: setup setup-legacy setup-vllm setup-llama-cpp demo test test-current test-legacy \
 	test-vllm test-llama-cpp lint benchmark benchmark-toolkits benchmark-serving \
-	benchmark-comparison clean
+	benchmark-comparison benchmark-vision clean
 
 setup: $(VENV)/.ready
 
@@ -98,6 +98,10 @@ benchmark-serving: setup setup-vllm
 # About four hours on two cores for both widths and both seeds; ARGS="--bits 3 --seed 0" is one part.
 benchmark-comparison: setup
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/comparison.py $(ARGS)
+
+# About an hour on two busy cores, nearly half of it training that is kept.
+benchmark-vision: setup
+	PYTHONPATH=integration $(BIN)/python integration/benchmarks/vision.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(LEGACY) $(VLLM) $(LLAMA_CPP) .cache

@@ -31,7 +31,7 @@ class Site:
             batch: What the block is given.
             reference: Output of the float module, of shape (batch, length, features), or with the
                 first two flattened, as OPT does.
-            output: Output of the quantized module, of the same shape. Overwritten.
+            output: Output of the quantized module, of the same shape.
 
         Raises:
             BiasCompensationError: the shapes differ, or are those of tokens whose positions, or
@@ -81,7 +81,7 @@ class Site:
 
         Args:
             reference: Output of the float module, (..., features).
-            output: Output of the quantized module, same shape. Overwritten.
+            output: Output of the quantized module, same shape.
             rows: int64 (tokens,), the row of each token.
             keep: bool (tokens,), False for padding; None when there is none.
             held_out: Whether they are kept apart for measuring.

