@@ -46,7 +46,9 @@ def archive() -> Path:
         if found != SHA256:
             raise RuntimeError(f"{URL} has SHA-256 {found}; expected {SHA256}.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(content)
+        partial.rename(path)
     return path
 
 

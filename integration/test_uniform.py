@@ -35,6 +35,16 @@ def test_values_lie_on_the_grid():
     torch.testing.assert_close(quantized(inputs), expected)
 
 
+def test_a_symmetric_grid_is_one_for_the_whole_tensor():
+    linear = torch.nn.Linear(8, 3)
+    ranges = torch.tensor(-1.0), torch.tensor(2.0)
+    quantized = uniform.UniformLinear(linear, (4, 3), *ranges, uniform.symmetric)
+    assert len(quantized.scale.unique()) == 1 and len(quantized.weight.unique()) <= 16
+    # Eight levels, of which one is 0: three above, and four below that are hardly used.
+    values = quantized.input_values(torch.linspace(-9, 9, 999)).unique()
+    torch.testing.assert_close(values, torch.arange(-4.0, 4.0) * 2 / 3.5)
+
+
 @pytest.mark.parametrize("positions", [0, 1, "all"])
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4)])
 def test_a_compensated_model_is_closer_and_survives_saving(tmp_path, bits, positions):

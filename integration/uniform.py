@@ -1,17 +1,37 @@
 """A reference quantizer for the studies: uniform grids for weights and activations alike.
 
-As post-training baselines have it: weights per output channel, activations per tensor, both
-asymmetric between the least and the greatest value seen; no layer is searched or tuned.
+As post-training baselines have it, between the least and the greatest value seen; no layer is
+searched or tuned. Either weights per output channel and activations per tensor, both asymmetric; or
+both per tensor and symmetric, which is where PTQ4ViT (arXiv 2111.12293) begins its search, the
+quantizer in the paper's table of vision transformers.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+TINY = torch.finfo(torch.float32).tiny
+Grid = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def asymmetric(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Scales and zeros of grids over [low, high], each; the number 0 is always on them."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = ((high - low) / (levels - 1)).clamp(min=TINY)
+    return scale, (-low / scale).round().to(torch.int32)
+
+
+def symmetric(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """The same of one grid for all, as wide on both sides of 0."""
+    greatest = torch.maximum(low.abs(), high.abs()).max()
+    scale = (greatest / (levels / 2 - 0.5)).clamp(min=TINY).expand_as(low).clone()
+    return scale, torch.full_like(scale, levels // 2, dtype=torch.int32)
 
 
 class _Uniform(nn.Module):
@@ -24,17 +44,25 @@ class _Uniform(nn.Module):
         layer: The float layer; its bias is shared.
         bits: Of the weights and of the inputs, each at most 8.
         low, high: The least and the greatest input seen, scalars.
+        grid: ``asymmetric`` or ``symmetric``.
     """
 
-    def __init__(self, layer: nn.Module, bits: tuple[int, int], low: Tensor, high: Tensor) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        bits: tuple[int, int],
+        low: Tensor,
+        high: Tensor,
+        grid: Grid = asymmetric,
+    ) -> None:
         super().__init__()
         self.input_levels = 2 ** bits[1]
         weight = layer.weight.detach()
         ranges = weight.flatten(1).aminmax(dim=1)
         per_channel = (-1, *[1] * (weight.dim() - 1))
-        scale, zero = (part.view(per_channel) for part in _grid(*ranges, 2 ** bits[0]))
+        scale, zero = (part.view(per_channel) for part in grid(*ranges, 2 ** bits[0]))
         codes = ((weight / scale).round() + zero).clamp(0, 2 ** bits[0] - 1)
-        input_scale, input_zero = _grid(low, high, self.input_levels)
+        input_scale, input_zero = grid(low, high, self.input_levels)
         self.register_buffer("codes", codes.to(torch.uint8))
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
@@ -55,8 +83,8 @@ class _Uniform(nn.Module):
 
 
 class UniformLinear(_Uniform):
-    def __init__(self, layer: nn.Linear, bits: tuple[int, int], low: Tensor, high: Tensor) -> None:
-        super().__init__(layer, bits, low, high)
+    def __init__(self, layer: nn.Linear, *args: Any, **kwargs: Any) -> None:
+        super().__init__(layer, *args, **kwargs)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -66,8 +94,8 @@ class UniformLinear(_Uniform):
 class UniformConv2d(_Uniform):
     """Of a convolution that cuts images into patches: no padding, no groups."""
 
-    def __init__(self, layer: nn.Conv2d, bits: tuple[int, int], low: Tensor, high: Tensor) -> None:
-        super().__init__(layer, bits, low, high)
+    def __init__(self, layer: nn.Conv2d, *args: Any, **kwargs: Any) -> None:
+        super().__init__(layer, *args, **kwargs)
         self.stride = layer.stride
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -77,19 +105,13 @@ class UniformConv2d(_Uniform):
 KINDS = {nn.Linear: UniformLinear, nn.Conv2d: UniformConv2d}
 
 
-def _grid(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero of a grid over [low, high]; the number 0 is always on it."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = ((high - low) / (levels - 1)).clamp(min=torch.finfo(torch.float32).tiny)
-    return scale, (-low / scale).round().to(torch.int32)
-
-
 @torch.no_grad()
 def quantize(
     model: nn.Module,
     bits: tuple[int, int],
     calibration: Iterable[Mapping[str, Tensor]],
     keep: Sequence[str] = (),
+    grid: Grid = asymmetric,
 ) -> nn.Module:
     """A copy of ``model`` with its linears and convolutions quantized.
 
@@ -97,6 +119,7 @@ def quantize(
         bits: Of weights and of activations.
         calibration: Model inputs that the activations' ranges are taken from.
         keep: Patterns of the names of what stays float.
+        grid: ``asymmetric`` or ``symmetric``.
     """
     layers = {
         name: module
@@ -123,5 +146,5 @@ def quantize(
             hook.remove()
     quantized = copy.deepcopy(model)
     for name, layer in layers.items():
-        quantized.set_submodule(name, KINDS[type(layer)](layer, bits, *ranges[name]))
+        quantized.set_submodule(name, KINDS[type(layer)](layer, bits, *ranges[name], grid))
     return quantized

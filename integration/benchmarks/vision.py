@@ -36,8 +36,10 @@ import bc_plugin
 
 FOLDER = real.CACHE / "vision"
 VARIANTS = {"none": None, "BC 1": 1, "BC all": "all"}
+GRIDS = {"uniform": uniform.asymmetric, "symmetric": uniform.symmetric}
 WIDTHS = {
     "uniform": ["W8A8", "W6A6", "W4A8", "W4A4", "W2A8"],
+    "symmetric": ["W8A8", "W6A6", "W4A8", "W4A4"],
     "quanto": ["W8A8", "W4A8"],  # it has no weights of 6 bits, and activations of 8 bits only
 }
 # Trained with rounding, then compensated to be like the float model it comes from, or like what its
@@ -72,8 +74,9 @@ class Subject:
     def quantized(self, setting: str) -> nn.Module:
         method, bits = setting.split()
         bits = int(bits[1]), int(bits[3])
-        if method == "uniform":
-            return uniform.quantize(self.model, bits, self.calibration, self.keep)
+        if method in GRIDS:
+            grid = GRIDS[method]
+            return uniform.quantize(self.model, bits, self.calibration, self.keep, grid)
         folder = FOLDER / self.name / setting
         return with_quanto.quantize(self.model, bits, self.calibration, self.keep, folder)
 
