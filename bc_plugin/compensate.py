@@ -38,8 +38,9 @@ from .structure import (
 
 RESCALED = (
     "the quantized model's norms are not the float model's: scales were moved within its blocks, "
-    "as AWQ does, and outputs of single linears may be rescaled. Only outputs of blocks were "
-    "compensated. Quantize with bias_compensation=True in the toolkit to compensate linears, too."
+    "as AWQ does, or it was trained on, so outputs of single linears may stand for others. Only "
+    "outputs of blocks were compensated. Quantize with bias_compensation=True in the toolkit, or "
+    "pass the trained model before it was rounded, to compensate linears, too."
 )
 
 
