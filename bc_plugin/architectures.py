@@ -111,7 +111,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 # way, or None.
 
 
-def _mistral_as_llama(config: Mapping[str, Any]) -> str | None:
+def _window_as_llama(config: Mapping[str, Any]) -> str | None:
     window = config.get("sliding_window")
     return None if window is None else f"its attention has a sliding window of {window}"
 
@@ -131,12 +131,11 @@ def _phi3_as_llama(config: Mapping[str, Any]) -> str | None:
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         return f"only {partial:.0%} of each of its heads are rotated"
-    window = config.get("sliding_window")
-    return None if window is None else f"its attention has a sliding window of {window}"
+    return _window_as_llama(config)
 
 
 AS_LLAMA: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
-    "mistral": _mistral_as_llama,
+    "mistral": _window_as_llama,
     "qwen2": _qwen2_as_llama,
     "phi3": _phi3_as_llama,
 }

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("gptqmodel", reason="needs the gptq extra")
 
 import real
-from tiny import tiny_checkpoint
+from tiny import log_probabilities, tiny_checkpoint
 from toolkits import TOOLKITS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,13 +28,6 @@ if not (LLAMA_CPP / "convert_hf_to_gguf.py").exists():
 def _sequences(vocabulary, count, seed):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocabulary, (1, 24), generator=generator) for _ in range(count)]
-
-
-@torch.no_grad()
-def _log_probabilities(model, sequences):
-    ids = torch.cat(sequences)
-    scores = model(input_ids=ids).logits.float().log_softmax(-1)
-    return scores[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
 def _by_llama_cpp(folder, sequences, scratch):
@@ -67,8 +60,8 @@ def test_llama_cpp_reads_every_bias(tmp_path, toolkit):
     sequences = _sequences(len(tokenizer), 4, seed=9)
     theirs = _by_llama_cpp(tmp_path / "out", sequences, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32)
-    plain = _log_probabilities(model, sequences)
+    plain = log_probabilities(model, torch.cat(sequences))
     Compensation.load(tmp_path / "in").attach_unchecked(model)
-    expected = _log_probabilities(model, sequences)
+    expected = log_probabilities(model, torch.cat(sequences))
     # The rest is the rounding of kernels in half precision, AWQ's most of all.
     assert (theirs - expected).norm() < 0.4 * (theirs - plain).norm()

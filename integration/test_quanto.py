@@ -1,13 +1,16 @@
 """optimum-quanto, weights and activations: its own files, and the vectors beside them."""
 
+from functools import partial
+
+import images
 import pytest
 import torch
 
 pytest.importorskip("optimum.quanto", reason="needs optimum-quanto")
 
 import with_quanto
+from images import inputs, tiny
 from optimum.quanto import Calibration, qint4, qint8, quantize, quantize_activation
-from tiny import images, tiny_vit
 
 import bc_plugin
 from bc_plugin import Compensation
@@ -15,18 +18,15 @@ from bc_plugin.statistics import ShiftStatistics
 
 KEEP = ["vit.embeddings*", "vit.layernorm", "classifier"]
 
-
-def output(model):
-    with torch.no_grad():
-        return model(**images(1, seed=1)[0]).logits
+output = partial(images.output, kind="vit")
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (4, 8)])
 def test_a_compensated_model_is_loaded_as_it_was(tmp_path, bits):
-    model = tiny_vit()
-    quantized = with_quanto.quantize(model, bits, images(), KEEP, tmp_path)
+    model = tiny("vit")
+    quantized = with_quanto.quantize(model, bits, inputs("vit"), KEEP, tmp_path)
     plain = output(quantized)
-    compensation = bc_plugin.compensate(quantized, model, images())
+    compensation = bc_plugin.compensate(quantized, model, inputs("vit"))
     assert len(compensation.vectors) == 2 * 7
     assert all(errors.after <= errors.before for errors in compensation.errors.values())
     compensation.attach(quantized)
@@ -49,7 +49,7 @@ def test_the_shift_of_a_quantized_output_is_measured():
 
 
 def test_activations_have_8_bits_only():
-    model = tiny_vit()
+    model = tiny("vit")
     quantize(model, weights=qint4, activations=qint4, exclude=KEEP)
     with pytest.raises(ValueError, match="8-bit"), Calibration(), torch.no_grad():
-        model(**images(1)[0])
+        model(**inputs("vit", 1)[0])

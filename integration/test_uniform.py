@@ -1,19 +1,19 @@
 """The reference quantizer: quantized activations, compensated."""
 
+from functools import partial
+
+import images
 import pytest
 import torch
 import uniform
-from tiny import images, tiny_vit
+from images import inputs, tiny
 
 import bc_plugin
 from bc_plugin import Compensation
 
 KEEP = ["vit.embeddings*", "classifier"]
 
-
-def output(model):
-    with torch.no_grad():
-        return model(**images(1, seed=1)[0]).logits
+output = partial(images.output, kind="vit")
 
 
 def test_values_lie_on_the_grid():
@@ -48,11 +48,11 @@ def test_a_symmetric_grid_is_one_for_the_whole_tensor():
 @pytest.mark.parametrize("positions", [0, 1, "all"])
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4)])
 def test_a_compensated_model_is_closer_and_survives_saving(tmp_path, bits, positions):
-    model = tiny_vit()
-    quantized = uniform.quantize(model, bits, images(), KEEP)
+    model = tiny("vit")
+    quantized = uniform.quantize(model, bits, inputs("vit"), KEEP)
     plain = output(quantized)
     compensation = bc_plugin.compensate(
-        quantized, model, images(), {"positions": positions, "dtype": "float32"}
+        quantized, model, inputs("vit"), {"positions": positions, "dtype": "float32"}
     )
     assert len(compensation.vectors) == 2 * 7
     assert all(errors.after < errors.before for errors in compensation.errors.values())
@@ -61,7 +61,7 @@ def test_a_compensated_model_is_closer_and_survives_saving(tmp_path, bits, posit
     assert not torch.equal(expected, plain)
     compensation.save(tmp_path)
     torch.save(quantized.state_dict(), tmp_path / "model.pt")
-    other = uniform.quantize(model, bits, images(seed=5), KEEP)  # other ranges
+    other = uniform.quantize(model, bits, inputs("vit", seed=5), KEEP)  # other ranges
     other.load_state_dict(torch.load(tmp_path / "model.pt"), strict=False)
     Compensation.load(tmp_path).attach(other)
     assert torch.equal(output(other), expected)
@@ -70,20 +70,20 @@ def test_a_compensated_model_is_closer_and_survives_saving(tmp_path, bits, posit
 
 
 def test_fewer_bits_of_activations_shift_outputs_more():
-    model = tiny_vit()
+    model = tiny("vit")
     errors = [
-        (output(uniform.quantize(model, (8, bits), images(), KEEP)) - output(model)).norm()
+        (output(uniform.quantize(model, (8, bits), inputs("vit"), KEEP)) - output(model)).norm()
         for bits in (8, 6, 4)
     ]
     assert errors[0] < errors[1] < errors[2]
 
 
 def test_patch_embeddings_are_quantized_unless_kept():
-    model = tiny_vit()
-    quantized = uniform.quantize(model, (4, 8), images(), ["classifier"])
+    model = tiny("vit")
+    quantized = uniform.quantize(model, (4, 8), inputs("vit"), ["classifier"])
     patches = quantized.vit.embeddings.patch_embeddings.projection
     assert isinstance(patches, uniform.UniformConv2d)
-    pixels = images(1)[0]["pixel_values"]
+    pixels = inputs("vit", 1)[0]["pixel_values"]
     original = model.vit.embeddings.patch_embeddings.projection
     expected = torch.nn.functional.conv2d(
         patches.input_values(pixels), patches.weight, original.bias, stride=4
@@ -91,5 +91,5 @@ def test_patch_embeddings_are_quantized_unless_kept():
     assert torch.equal(patches(pixels), expected)
     assert 0 < (expected - original(pixels)).abs().max() < 1
     assert not torch.equal(
-        output(quantized), output(uniform.quantize(model, (4, 8), images(), KEEP))
+        output(quantized), output(uniform.quantize(model, (4, 8), inputs("vit"), KEEP))
     )

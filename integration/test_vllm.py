@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("gptqmodel", reason="needs the gptq extra")
 
+import tiny
 from tiny import sequences, tiny_checkpoint, tiny_tokenizer
 from toolkits import TOOLKITS
 from transformers import AutoModelForCausalLM
@@ -35,12 +36,9 @@ def log_probabilities(model, ids, folder, **options):
     return json.loads((folder / "found.json").read_text())
 
 
-@torch.no_grad()
 def _by_transformers(folder, ids):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    ids = torch.tensor(ids)
-    scores = model(input_ids=ids).logits.float().log_softmax(-1)
-    return scores[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return tiny.log_probabilities(model, torch.tensor(ids))
 
 
 def _exported(folder, architecture, **options):

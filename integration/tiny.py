@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedTokenizerFast,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 128
 ROTARY = {
@@ -87,26 +81,8 @@ def logits(model, seed=7):
     return model(**sequences(1, seed=seed)[0]).logits.float()
 
 
-def tiny_vit(seed=0):
-    """A random float vision transformer for grey images of 8 by 8 pixels."""
-    torch.manual_seed(seed)
-    config = ViTConfig(
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-    )
-    model = ViTForImageClassification(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:  # some start as zeros
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def images(count=8, seed=0):
-    """Batches of random images for it."""
-    generator = torch.Generator().manual_seed(seed)
-    return [{"pixel_values": torch.randn(4, 1, 8, 8, generator=generator)} for _ in range(count)]
+@torch.no_grad()
+def log_probabilities(model, ids):
+    """What a model gives the tokens of sequences, (count, length), after their first."""
+    scores = model(input_ids=ids).logits.float().log_softmax(-1)
+    return scores[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)

@@ -5,8 +5,8 @@ import io
 
 import pytest
 import torch
+from images import inputs, tiny
 from models import ARCHITECTURES, crudely_quantized, tiny_model, token_batches
-from transformers import ViTConfig, ViTForImageClassification
 
 import bc_plugin
 from bc_plugin.structure import find_blocks
@@ -175,18 +175,10 @@ def test_compiled_models_give_the_same_logits(positions):
 
 
 def test_nothing_assumes_token_ids():
-    config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        image_size=16,
-        patch_size=4,
-    )
-    model = ViTForImageClassification(config).eval().double()
+    model = tiny("vit").double()
     quantized = crudely_quantized(model)
     quantized.vit.embeddings = model.vit.embeddings  # so that the first blocks see the same
-    images = [{"pixel_values": torch.randn(2, 3, 16, 16).double()} for _ in range(6)]
+    images = [{"pixel_values": batch["pixel_values"].double()} for batch in inputs("vit", 6)]
     config = {"positions": 1, "held_out": 0, "dtype": "float64"}
     compensation = bc_plugin.compensate(quantized, model, images, config)
     compensation.attach(quantized)
