@@ -56,6 +56,8 @@ def smollm2() -> Path:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
+    # SmolLM2 starts a text with no special token; transformers 4 makes up one when it reads GGUF.
+    tokenizer.add_bos_token = False
     tokenizer.save_pretrained(folder)
     return folder
 
