@@ -94,7 +94,15 @@ def autoawq_on_cpu():
         out = (x.half().float() @ weight.float()).half()
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
+    # From a GPU this is a copy, which AutoAWQ restores weights from after each try at a scale. On a
+    # CPU it is the tensor itself, and the weights would keep the first scale tried.
+    move = torch.Tensor.cpu
+
+    def cpu(tensor, *args, **kwargs):
+        return move(tensor, *args, **kwargs).clone()
+
     with (
+        mock.patch.object(torch.Tensor, "cpu", cpu),
         # Its loader would demand a package for the CPU otherwise.
         mock.patch.object(base, "get_best_device", lambda: "cuda:0"),
         mock.patch.object(gemm.WQLinear_GEMM, "forward", forward),

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("awq", reason="needs the awq extra")
 
 from awq import AutoAWQForCausalLM
+from awq.modules.linear import gemm
 from cpu_shims import autoawq_on_cpu
 from tiny import logits, sequences, tiny_checkpoint, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,6 +49,25 @@ def saved(tmp_path_factory, _on_cpu):
     finally:
         bc_plugin.disable()
     return source, str(folder / "out")
+
+
+def test_it_quantizes_the_weights_it_was_given(tmp_path, enabled):
+    """AutoAWQ on a CPU would quantize weights that its search had left rescaled; see the shim."""
+    tiny_tokenizer().save_pretrained(tmp_path)
+    source = tiny_checkpoint(tmp_path, dtype=torch.float16)
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
+    with torch.no_grad():  # columns of different sizes, which AWQ has scales for
+        for layer in original.model.layers:
+            weight = layer.mlp.gate_proj.weight
+            weight *= torch.linspace(0.1, 4, weight.shape[1])
+    original.save_pretrained(source)
+    block = _quantize(source, flag=None).model.model.layers[0]
+    packed = block.mlp.gate_proj
+    weight = gemm.dequantize_gemm(packed.qweight, packed.qzeros, packed.scales, 4, 32).T
+    found = weight.float() * block.post_attention_layernorm.weight
+    block = original.model.layers[0]
+    given = block.mlp.gate_proj.weight.float() * block.post_attention_layernorm.weight
+    assert (found - given).norm() < 0.15 * given.norm()
 
 
 def test_linears_whose_output_is_rescaled_are_left_alone(saved):
