@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("awq", reason="needs the awq extra")
 
 from awq import AutoAWQForCausalLM
+from awq.models import base
 from awq.modules.linear import gemm
 from cpu_shims import autoawq_on_cpu
 from tiny import logits, sequences, tiny_checkpoint, tiny_tokenizer
@@ -104,6 +105,12 @@ def test_fused_layers_are_left_out_with_a_warning(saved, enabled):
 def test_scales_alone_cannot_be_compensated(saved, enabled):
     with pytest.raises(BiasCompensationError, match="export_compatible"):
         _quantize(saved[0], export_compatible=True)
+
+
+def test_a_cpu_is_refused(saved, enabled, monkeypatch):
+    monkeypatch.setattr(base, "get_best_device", lambda: "cpu")
+    with pytest.raises(BiasCompensationError, match="wrongly on a CPU"):
+        _quantize(saved[0])
 
 
 def test_without_the_flag_nothing_changes(saved, tmp_path, enabled):

@@ -46,6 +46,14 @@ def _quantize(wrapped, awq, args, kwargs):
             "export_compatible=True leaves the weights unquantized, so there is nothing to "
             "compensate; quantize without it, or without bias_compensation."
         )
+    from awq.models import base
+
+    if base.get_best_device() == "cpu":
+        # Its search restores weights from ``.cpu()``, which is no copy there.
+        raise BiasCompensationError(
+            "AutoAWQ 0.2.9 quantizes wrongly on a CPU: it goes on with weights that its search for "
+            "scales has changed, which no bias repairs. Use a GPU, or GPTQModel's AWQ."
+        )
     with CompensatedQuantization(awq.model, config) as run:
         result = wrapped(*args, **kwargs)
     set_flag(awq.quant_config, run.finish(awq.model).entry())
