@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal
 
 from .errors import BiasCompensationError
 
@@ -13,8 +14,30 @@ BY = ("model", "block")
 DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 
 
+class Settings:
+    """Settings that check themselves, so that a slip is an error where it was made."""
+
+    what: ClassVar[str]
+
+    def _require(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise BiasCompensationError(
+                f"{self.what}: {name}={getattr(self, name)!r}; expected {expected}."
+            )
+
+    def _require_number(
+        self, name: str, within: Callable[[Any], bool], expected: str, kind: type = Integral
+    ) -> None:
+        value = getattr(self, name)
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        self._require(is_number and within(value), name, expected)
+
+    def _require_bool(self, name: str) -> None:
+        self._require(isinstance(getattr(self, name), bool), name, "True or False")
+
+
 @dataclass(frozen=True)
-class BiasCompensationConfig:
+class BiasCompensationConfig(Settings):
     """Settings of the compensation pass.
 
     Args:
@@ -51,6 +74,8 @@ class BiasCompensationConfig:
         BiasCompensationError: a value is out of range.
     """
 
+    what = "bias_compensation"
+
     positions: int | Literal["all"] = 1
     sites: tuple[str, ...] = SITES
     joint: bool = True
@@ -69,12 +94,10 @@ class BiasCompensationConfig:
         if isinstance(self.blocks, list):
             object.__setattr__(self, "blocks", tuple(self.blocks))
         paths = (self.blocks,) if isinstance(self.blocks, str) else self.blocks
-        is_count = isinstance(self.positions, int) and not isinstance(self.positions, bool)
-        self._require(
-            self.positions == "all" or (is_count and self.positions >= 0),
-            "positions",
-            'a whole number from 0 up, or "all"',
-        )
+        if self.positions != "all":
+            self._require_number(
+                "positions", lambda n: n >= 0, 'a whole number from 0 up, or "all"'
+            )
         self._require(
             bool(sites) and set(sites) <= set(SITES) and len(set(sites)) == len(sites),
             "sites",
@@ -88,23 +111,20 @@ class BiasCompensationConfig:
             "blocks",
             "the path of a list of blocks, or several",
         )
-        self._require(0 <= self.held_out < 1, "held_out", "a share from 0 to below 1")
+        self._require_number("held_out", lambda n: 0 <= n < 1, "a share from 0 to below 1", Real)
+        for name in ("joint", "keep_only_if_better"):
+            self._require_bool(name)
         self._require(
             not (self.keep_only_if_better and self.held_out == 0),
             "held_out",
             "above 0 when keep_only_if_better is set, since that is what decides",
         )
-        self._require(self.max_tokens is None or self.max_tokens > 0, "max_tokens", "above 0")
-        self._require(self.batch_tokens > 0, "batch_tokens", "above 0")
-        self._require(self.refine_steps >= 0, "refine_steps", "0 or above")
+        if self.max_tokens is not None:
+            self._require_number("max_tokens", lambda n: n > 0, "a whole number above 0, or None")
+        self._require_number("batch_tokens", lambda n: n > 0, "a whole number above 0")
+        self._require_number("refine_steps", lambda n: n >= 0, "a whole number from 0 up")
         self._require(self.refine in BY, "refine", f"one of {BY}")
         self._require(self.dtype in DTYPES, "dtype", f"one of {DTYPES}")
-
-    def _require(self, holds: bool, name: str, expected: str) -> None:
-        if not holds:
-            raise BiasCompensationError(
-                f"bias_compensation: {name}={getattr(self, name)!r}; expected {expected}."
-            )
 
     @classmethod
     def parse(

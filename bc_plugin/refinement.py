@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 from torch import Tensor
 
 from .calibration import rebatch, split_held_out
-from .config import BY
+from .config import BY, Settings
 from .errors import BiasCompensationError
 
 
 @dataclass(frozen=True)
-class RefinementConfig:
+class RefinementConfig(Settings):
     """Settings of the refinement.
 
     Args:
@@ -40,6 +41,8 @@ class RefinementConfig:
         BiasCompensationError: a value is out of range.
     """
 
+    what = "refinement"
+
     steps: int = 64
     by: Literal["model", "block"] = "model"
     learning_rate: float = 0.1
@@ -55,22 +58,24 @@ class RefinementConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "gradient_accumulation_steps", "evaluate_every"):
-            self._require(getattr(self, name) > 0, name, "above 0")
+        for name in (
+            "steps",
+            "batch_tokens",
+            "gradient_accumulation_steps",
+            "evaluate_every",
+            "patience",
+        ):
+            self._require_number(name, lambda n: n > 0, "a whole number above 0")
         self._require(self.by in BY, "by", f"one of {BY}")
         precisions = ("no", "bf16")
         self._require(self.mixed_precision in precisions, "mixed_precision", f"one of {precisions}")
-        self._require(self.learning_rate > 0, "learning_rate", "above 0")
-        self._require(0 <= self.warmup <= 1, "warmup", "a share from 0 to 1")
-        self._require(0 < self.held_out < 1, "held_out", "a share above 0 and below 1")
-        self._require(self.patience > 0, "patience", "above 0")
-        self._require(self.top_k is None or self.top_k > 0, "top_k", "above 0, or None")
-
-    def _require(self, holds: bool, name: str, expected: str) -> None:
-        if not holds:
-            raise BiasCompensationError(
-                f"refinement: {name}={getattr(self, name)!r}; expected {expected}."
-            )
+        self._require_bool("gradient_checkpointing")
+        self._require_number("learning_rate", lambda n: n > 0, "above 0", Real)
+        self._require_number("warmup", lambda n: 0 <= n <= 1, "a share from 0 to 1", Real)
+        self._require_number("held_out", lambda n: 0 < n < 1, "a share above 0 and below 1", Real)
+        if self.top_k is not None:
+            self._require_number("top_k", lambda n: n > 0, "a whole number above 0, or None")
+        self._require_number("seed", lambda n: n >= 0, "a whole number from 0 up")
 
 
 class RefinementData:

@@ -324,6 +324,12 @@ def test_what_cannot_be_refined(tmp_path):
     with pytest.raises(BiasCompensationError, match="compares blocks"):
         refine(quantized, FloatLogits(tmp_path), by="block")
     assert Compensation.attached_to(quantized) is not None
-    for wrong in ({"steps": 0}, {"by": "layer"}, {"held_out": 0}, {"mixed_precision": "fp8"}):
+    for wrong in (
+        {"steps": 0},
+        {"top_k": 0.5},
+        {"by": "layer"},
+        {"held_out": 0},
+        {"mixed_precision": "fp8"},
+    ):
         with pytest.raises(BiasCompensationError, match=next(iter(wrong))):
             RefinementConfig(**wrong)

@@ -47,6 +47,8 @@ def test_a_config_survives_its_dict():
         ({"held_out": 1.0}, "held_out=1.0"),
         ({"held_out": 0, "keep_only_if_better": True}, "held_out=0"),
         ({"batch_tokens": 0}, "batch_tokens=0"),
+        ({"max_tokens": "8192"}, "max_tokens='8192'"),
+        ({"joint": "false"}, "joint='false'"),  # a string that would count as true
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"position": 1}, r"unknown keys \['position'\]"),
         ("yes", "of type str"),
