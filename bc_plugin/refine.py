@@ -19,6 +19,7 @@ from .refine_blocks import refined_by_block
 from .refine_model import refined_by_model
 from .refinement import RefinementConfig, RefinementData
 from .stream import copy_of
+from .structure import device_of, dtype_of
 
 
 def refine(
@@ -101,6 +102,12 @@ def refined(
     if any(errors.kind == "convolution" for errors in compensation.errors.values()):
         raise BiasCompensationError(
             "refinement is for language models; this compensation has vectors of convolutions."
+        )
+    on_cpu = device_of(model).type == "cpu"
+    if config.mixed_precision == "bf16" and dtype_of(model) == torch.float16 and on_cpu:
+        raise BiasCompensationError(
+            "mixed_precision='bf16' needs a model in float32 or bfloat16 on a CPU, where PyTorch's "
+            "autocast takes no float16; load the model with dtype=torch.float32."
         )
     data = RefinementData(calibration, config)
     progress = Progress(

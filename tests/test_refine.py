@@ -323,6 +323,8 @@ def test_what_cannot_be_refined(tmp_path):
         bc_plugin.refine(quantized, model, [{"pixel_values": torch.zeros(1, 3, 8, 8)}] * 2)
     with pytest.raises(BiasCompensationError, match="compares blocks"):
         refine(quantized, FloatLogits(tmp_path), by="block")
+    with pytest.raises(BiasCompensationError, match="takes no float16"):
+        refine(compensated()[1].half(), model, mixed_precision="bf16")
     assert Compensation.attached_to(quantized) is not None
     for wrong in (
         {"steps": 0},

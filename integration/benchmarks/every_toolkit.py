@@ -68,8 +68,9 @@ class Measurement:
             for positions in reversed(self.positions):
                 model = self.quantized({"positions": positions})
                 self.evaluate(f"BC {positions}", model)
-            self.refine(model)
-            self.evaluate("refined 1", model)
+            if self.toolkit.name in BOTH_POSITIONS:
+                self.refine(model)
+                self.evaluate("refined 1", model)
             Compensation.attached_to(model).detach(model)
             self.evaluate("none", model)
             return
@@ -84,7 +85,8 @@ class Measurement:
         awq = "awq" in self.toolkit.name
         kinds = ("BC",) if awq else ("BC", "joint")
         variants = [f"{kind} {p}" for kind in kinds for p in self.positions]
-        return ["float", "none", *variants, *(["refined 1"] if awq else [])]
+        refined = ["refined 1"] if awq and self.toolkit.name in BOTH_POSITIONS else []
+        return ["float", "none", *variants, *refined]
 
     def refine(self, model) -> None:
         """Go on from the closed form: AWQ has no joint quantization."""
