@@ -68,7 +68,7 @@ class Measurement:
             for positions in reversed(self.positions):
                 model = self.quantized({"positions": positions})
                 self.evaluate(f"BC {positions}", model)
-            if self.toolkit.name in BOTH_POSITIONS:
+            if "refined 1" in self.wanted():
                 self.refine(model)
                 self.evaluate("refined 1", model)
             Compensation.attached_to(model).detach(model)

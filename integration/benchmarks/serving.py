@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 import real
+import tiny
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -52,7 +53,6 @@ def prepare(calibration: list) -> None:
     write_checkpoint(FOLDER / "without", FOLDER / "compensated", tensors, config)
 
 
-@torch.no_grad()
 def by_transformers(ids: list[list[int]]) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(FOLDER / "compensated").eval()
     compensation = Compensation.load(FOLDER / "compensated")
@@ -63,11 +63,8 @@ def by_transformers(ids: list[list[int]]) -> dict[str, torch.Tensor]:
 
 
 def _scores(model, ids: list[list[int]]) -> torch.Tensor:
-    rows = []
-    for row in torch.tensor(ids):
-        scores = model(input_ids=row[None]).logits.float().log_softmax(-1)
-        rows.append(scores[0, :-1].gather(-1, row[1:, None]).squeeze(-1))
-    return torch.stack(rows)
+    # One prompt at a time, since its logits alone are a hundred megabytes.
+    return torch.cat([tiny.log_probabilities(model, row[None]) for row in torch.tensor(ids)])
 
 
 def main() -> None:
