@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,19 +108,46 @@ def _replaced_blocks(model: nn.Module, blocks: Blocks, forward) -> Iterator[None
                 module.forward = own
 
 
-def _run_up_to_blocks(model: nn.Module, batch: Batch, device: torch.device) -> None:
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
     # A cache would grow with every run of a block. Parts of a model may have a config of their own.
     found = (getattr(module, "config", None) for module in model.modules())
     configs = [config for config in found if getattr(config, "use_cache", False) is True]
     try:
         for config in configs:
             config.use_cache = False
-        call_model(model, batch, device)
-    except _LastBlockReached:
-        pass
+        yield
     finally:
         for config in configs:
             config.use_cache = True
+
+
+def _run_up_to_blocks(model: nn.Module, batch: Batch, device: torch.device) -> None:
+    with _without_cache(model), suppress(_LastBlockReached):
+        call_model(model, batch, device)
+
+
+@contextmanager
+def skipped_blocks(model: nn.Module, blocks: Blocks, hidden: Tensor) -> Iterator[None]:
+    """While it lasts, what the last block gives is ``hidden``, whatever the model is called with.
+
+    Only the first block is run, for the form of what blocks return.
+    """
+    first = copy_of(model.get_submodule(blocks.names[0])).forward
+    rest: tuple | None = None
+
+    def forward(position: int, *args: Any, **kwargs: Any) -> Any:
+        nonlocal rest
+        if position == 0:
+            output = first(*args, **kwargs)
+            rest = output[1:] if isinstance(output, tuple) else None
+        given = args[0] if args else kwargs["hidden_states"]
+        if position == len(blocks.names) - 1:
+            given = hidden.to(given)
+        return given if rest is None else (given, *rest)
+
+    with _without_cache(model), _replaced_blocks(model, blocks, forward):
+        yield
 
 
 class _FirstBlock:

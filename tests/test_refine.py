@@ -74,19 +74,33 @@ def test_it_gets_better_and_nothing_else_changes(architecture, positions, by):
     assert all(p.requires_grad for p in quantized.parameters() if p.is_floating_point())
 
 
+@pytest.mark.parametrize("by", ["model", "block"])
 @pytest.mark.parametrize("positions", [0, 1, "all"])
-def test_the_first_look_is_the_kl_that_is_evaluated(positions):
+def test_the_first_look_is_the_kl_that_is_evaluated(positions, by):
     model, quantized = compensated(positions=positions)
     expected = bc_plugin.evaluate(quantized, held_out(), model).kl
-    found = refine(quantized, model, steps=1)
+    found = refine(quantized, model, steps=1, by=by)
     assert found.refined["before"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_last_look_is_the_kl_that_is_evaluated():
-    model, quantized = compensated(dtype="float32")
-    found = refine(quantized, model)
+@pytest.mark.parametrize("by", ["model", "block"])
+@pytest.mark.parametrize("architecture", ["llama", "opt"])  # OPT's blocks return tuples
+def test_the_last_look_is_the_kl_that_is_evaluated(architecture, by):
+    model, quantized = compensated(architecture, dtype="float32")
+    found = refine(quantized, model, by=by)
     expected = bc_plugin.evaluate(quantized, held_out(), model).kl
     assert found.refined["after"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_better_blocks_that_predict_no_better_are_not_kept():
+    model, quantized = compensated()
+    for one in (model, quantized):
+        nn.init.zeros_(one.lm_head.weight)  # every prediction is the same, right or wrong
+    before = Compensation.attached_to(quantized)
+    found = refine(quantized, model, by="block")
+    assert found.refined["after"] == found.refined["before"] == 0
+    for name, vectors in before.vectors.items():
+        assert torch.equal(found.vectors[name], vectors)
 
 
 def test_vectors_in_training_do_what_attached_ones_do():

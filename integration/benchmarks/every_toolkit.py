@@ -68,9 +68,8 @@ class Measurement:
             for positions in reversed(self.positions):
                 model = self.quantized({"positions": positions})
                 self.evaluate(f"BC {positions}", model)
-            if "refined 1" in self.wanted():
-                self.refine(model)
-                self.evaluate("refined 1", model)
+            self.refine(model)
+            self.evaluate("refined 1", model)
             Compensation.attached_to(model).detach(model)
             self.evaluate("none", model)
             return
@@ -85,14 +84,20 @@ class Measurement:
         awq = "awq" in self.toolkit.name
         kinds = ("BC",) if awq else ("BC", "joint")
         variants = [f"{kind} {p}" for kind in kinds for p in self.positions]
-        refined = ["refined 1"] if awq and self.toolkit.name in BOTH_POSITIONS else []
+        refined = ["refined 1"] if awq else []
         return ["float", "none", *variants, *refined]
 
     def refine(self, model) -> None:
         """Go on from the closed form: AWQ has no joint quantization."""
         data = real.calibration_windows(self.tokenizer, LENGTH, REFINED_SAMPLES)
         config = RefinementConfig(steps=64, mixed_precision="bf16", evaluate_every=16)
-        bc_plugin.refine(model, self.reference, data, config)
+        trained = model
+        if model.dtype == torch.float16:  # no autocast from there on a CPU
+            trained = AutoModelForCausalLM.from_pretrained(self.folder(), dtype=torch.float32)
+        refined = bc_plugin.refine(trained, self.reference, data, config)
+        if trained is not model:
+            Compensation.attached_to(model).detach(model)
+            refined.attach(model)
 
     def compensate_afterwards(self) -> None:
         """The same weights without and with vectors."""
@@ -109,10 +114,13 @@ class Measurement:
             compensation.detach(model)
         self.evaluate("none", model)
 
+    def folder(self) -> Path:
+        return FOLDER / f"{self.toolkit.name}-{self.bits}"
+
     def quantized(self, flag):
         """Quantized with the toolkit's option, saved, and loaded again."""
         torch.manual_seed(0)
-        folder = FOLDER / f"{self.toolkit.name}-{self.bits}"
+        folder = self.folder()
         shutil.rmtree(folder, ignore_errors=True)
         settings = {"bits": self.bits, "group_size": GROUP_SIZE, **self.toolkit.settings}
         if self.toolkit.name == "transformers":
