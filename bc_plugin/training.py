@@ -96,9 +96,11 @@ def has_gradient(linear: nn.Module, dtype: torch.dtype) -> bool:
     twin = copy_of(linear)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(4, linear.in_features, generator=generator)
-    inputs = inputs.to(device_of(linear), dtype).requires_grad_()
+    inputs = inputs.to(device_of(linear), dtype)
     with torch.enable_grad():
         try:
+            twin(inputs)  # some decide for good, when first run, whether gradients are wanted
+            inputs.requires_grad_()
             output = twin(inputs)
             (found,) = torch.autograd.grad(output.float().square().sum(), inputs)
         except Exception:  # kernels fail in many ways; each of them means no

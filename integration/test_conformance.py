@@ -1,5 +1,6 @@
 """What every toolkit has to do alike. Each runs in the environment that has it."""
 
+import copy
 import json
 import os
 import shutil
@@ -16,6 +17,9 @@ from toolkits import TOOLKITS, model_of
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation, patching
 from bc_plugin.checkpoint import SUFFIX
+from bc_plugin.stream import copy_of
+from bc_plugin.structure import dtype_of
+from bc_plugin.training import dequantized, differentiable
 
 FLAG = {"positions": 1, "held_out": 0.25}
 NAME = "model.layers.0.mlp.down_proj"
@@ -182,6 +186,34 @@ def test_vectors_are_refined_in_the_same_run(toolkit, source, tmp_path, enabled,
     loaded = Compensation.attached_to(toolkit.load(tmp_path / "out"))
     assert loaded.refined == compensation.refined
     assert all(torch.equal(loaded.vectors[n], v) for n, v in compensation.vectors.items())
+
+
+def test_gradients_pass_through_its_kernels(toolkit, saved, enabled):
+    """As through plain linears, although training looks at held-out data first, without any."""
+    model = toolkit.load(saved[0])
+    Compensation.attached_to(model).detach(model)
+    block = copy_of(model.model.layers[0])
+    mlp, dtype = block.mlp, dtype_of(model)
+    torch.manual_seed(0)
+    inputs, gradient = torch.randn(2, 1, 8, 128).to(dtype)
+    plain = copy.deepcopy(mlp).float()
+    for name, kernel in mlp.named_children():
+        if hasattr(kernel, "in_features"):
+            weight = dequantized(copy_of(kernel), kernel.in_features, inputs).float()
+            linear = torch.nn.Linear(*weight.shape, bias=False)
+            linear.weight.data = weight.T
+            setattr(plain, name, linear)
+
+    def gradient_of(module, dtype):
+        leaf = inputs.to(dtype, copy=True).requires_grad_()
+        return torch.autograd.grad(module(leaf), leaf, gradient.to(dtype))[0].float()
+
+    with torch.compiler.set_stance("force_eager"), differentiable([block], dtype, False):
+        with torch.no_grad():
+            mlp(inputs)
+        found = gradient_of(mlp, dtype)
+    expected = gradient_of(plain, torch.float32)
+    assert (found - expected).norm() < 0.05 * expected.norm()
 
 
 def test_disable_leaves_no_trace(toolkit):

@@ -240,8 +240,22 @@ class WithoutBackward(nn.Module):
         return nn.functional.linear(inputs.detach(), self.packed, self.bias)
 
 
+class DecidedWhenFirstRun(WithoutBackward):
+    """One whose kernel has a backward pass if its first input wants a gradient, as gptqmodel's."""
+
+    followed = None
+
+    def forward(self, inputs):
+        if self.followed is None:
+            self.followed = inputs.requires_grad
+        if not self.followed:
+            return super().forward(inputs)
+        return nn.functional.linear(inputs, self.packed, self.bias)
+
+
+@pytest.mark.parametrize("kernel", [WithoutBackward, DecidedWhenFirstRun])
 @pytest.mark.parametrize("by", ["model", "block"])
-def test_a_kernel_without_a_backward_pass_trains_as_well(by):
+def test_a_kernel_without_a_backward_pass_trains_as_well(by, kernel):
     model = tiny_model()
     quantized = crudely_quantized(model)
     other = copy.deepcopy(quantized)
@@ -249,7 +263,7 @@ def test_a_kernel_without_a_backward_pass_trains_as_well(by):
         for parent in (block.self_attn, block.mlp):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(parent, name, WithoutBackward(child))
+                    setattr(parent, name, kernel(child))
     results = []
     for one in (quantized, other):
         bc_plugin.compensate(one, model, CALIBRATION, {"held_out": 0}).attach(one)
