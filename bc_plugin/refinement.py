@@ -23,7 +23,8 @@ class RefinementConfig(Settings):
         by: What is compared with the float model: ``"model"`` (next-token distributions) or
             ``"block"`` (outputs of blocks, least squares, one block in memory at a time).
         learning_rate: The largest change of a vector's values per step, as a share of their root
-            mean square at the start. Reached after the warm-up; a cosine takes it down to 0.
+            mean square at the start, or of half that of the error they leave where that is less.
+            Reached after the warm-up; a cosine takes it down to 0.
         warmup: Share of the steps in which the learning rate rises.
         batch_tokens: Tokens per forward pass.
         gradient_accumulation_steps: Forward passes per step.

@@ -22,19 +22,25 @@ from .structure import device_of
 class TrainedForward(CompensatedForward):
     """A module's forward plus vectors that can be trained.
 
-    They are ``start + scale * step``, where ``scale`` is the root mean square of each row at the
-    start and ``step`` is what the optimizer moves: vectors differ by orders of magnitude, that of
-    an attention sink from its neighbours most of all, and so one learning rate fits all of them.
+    They are ``start + scale * step``, where ``step`` is what the optimizer moves and ``scale`` the
+    root mean square of each row at the start: vectors differ by orders of magnitude, that of an
+    attention sink from its neighbours most of all, and so one learning rate fits all of them. What
+    is left to correct may be far smaller than a vector, after joint quantization above all, so
+    ``scale`` is at most half the root mean square of the error that remains.
 
     Args:
         module: A quantized linear or a block.
         start: (positions + 1, features), any type; trained in float32.
+        error: The mean squared error of the module's output, per value, with these vectors.
         tracker: Tells which row each token uses.
     """
 
-    def __init__(self, module: nn.Module, start: Tensor, tracker: PositionTracker) -> None:
+    def __init__(
+        self, module: nn.Module, start: Tensor, error: float, tracker: PositionTracker
+    ) -> None:
         self.start = start.detach().to(device_of(module), torch.float32)
-        self.scale = self.start.square().mean(-1, keepdim=True).sqrt()
+        size = self.start.square().mean(-1, keepdim=True).sqrt()
+        self.scale = size.clamp(max=0.5 * error**0.5)
         self.step = nn.Parameter(torch.zeros_like(self.start))
         super().__init__(module, tracker, shared_is_merged=False)
 
@@ -127,7 +133,8 @@ def trained(
     with ExitStack() as stack:
         sites = {}
         for name, module in modules.items():
-            site = TrainedForward(module, compensation.vectors[name], tracker)
+            error = compensation.errors[name].after
+            site = TrainedForward(module, compensation.vectors[name], error, tracker)
             site.step.requires_grad_(name not in fixed)
             stack.callback(site.undo)
             sites[name] = site

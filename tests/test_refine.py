@@ -312,6 +312,23 @@ def test_a_block_and_its_last_linear_are_one_vector():
     assert not merged_blocks(quantized, Compensation.attached_to(quantized))
 
 
+def test_steps_are_as_large_as_a_vector_but_no_larger_than_half_of_the_error_it_leaves():
+    _, quantized = compensated(dtype="float32")
+    compensation = Compensation.attached_to(quantized)
+    compensation.detach(quantized)
+    large, *others = compensation.vectors
+    compensation.vectors[large] *= 1000
+    modules = {name: quantized.get_submodule(name) for name in compensation.vectors}
+    with trained(modules, compensation, PositionTracker(1)) as sites:
+        left = compensation.errors[large].after ** 0.5
+        torch.testing.assert_close(sites[large].scale, torch.full((2, 1), left / 2))
+        for name in others:
+            size = compensation.vectors[name].square().mean(-1, keepdim=True).sqrt()
+            left = compensation.errors[name].after ** 0.5
+            assert (sites[name].scale <= size).all() and (sites[name].scale <= left / 2).all()
+            assert ((sites[name].scale == size) | (size > left / 2)).all()
+
+
 def test_both_models_need_not_be_there_together(tmp_path):
     model, quantized = compensated()
     other = copy.deepcopy(quantized)

@@ -30,7 +30,7 @@ from toolkits import TOOLKITS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bc_plugin
-from bc_plugin import Compensation, RefinementConfig
+from bc_plugin import Compensation, FloatLogits, RefinementConfig
 from bc_plugin.calibration import sample_from
 
 FOLDER = real.CACHE / "comparison"
@@ -136,12 +136,25 @@ class Part:
 
     def refined(self, variant: str, start_from: str, settings) -> None:
         """Train the vectors of a model that was quantized jointly with them."""
-        start = time.perf_counter()
         model = self.load(start_from)
         config = RefinementConfig(**{**REFINEMENT, **settings})
-        bc_plugin.refine(model, self.reference, self.more, config)
-        seconds = time.perf_counter() - start
+        reference, seconds = self.reference, 0.0
+        if config.by == "model":
+            reference, seconds = self.float_logits(config)
+        start = time.perf_counter()
+        bc_plugin.refine(model, reference, self.more, config)
+        seconds += time.perf_counter() - start
         self.measure(variant, model, self.found[start_from]["seconds"] + seconds)
+
+    def float_logits(self, config: RefinementConfig) -> tuple[FloatLogits, float]:
+        """What the float model predicts, and the seconds it took to record that."""
+        folder = FOLDER / f"float-logits-{self.seed}"
+        record = folder / "seconds.json"
+        start = time.perf_counter()
+        found = bc_plugin.record_float_logits(self.reference, self.more, config, folder=folder)
+        if not record.exists():
+            record.write_text(json.dumps(time.perf_counter() - start))
+        return found, json.loads(record.read_text())
 
     def attempt(self, variant: str, peer: Callable[[], None]) -> None:
         """What does not run here is said in the table."""
