@@ -165,6 +165,11 @@ class CompensatedQuantization:
         return compensation
 
 
+def is_running() -> bool:
+    """Whether a toolkit is quantizing with the option."""
+    return _running.get() is not None
+
+
 def calibration_is_ready(wrapped, instance, args, kwargs):
     """Wrapper for the function that prepares a toolkit's calibration data: a run starts with it."""
     batches = wrapped(*args, **kwargs)

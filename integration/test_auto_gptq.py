@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("auto_gptq", reason="needs the autogptq extra, in its own environment")
 
 from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
+from auto_gptq.quantization.gptq import GPTQ
 from cpu_shims import auto_gptq_on_cpu
 from safetensors.torch import load_file
 from tiny import logits, sequences, tiny_checkpoint
@@ -17,6 +18,7 @@ from tiny import logits, sequences, tiny_checkpoint
 import bc_plugin
 from bc_plugin import Compensation
 from bc_plugin.checkpoint import SUFFIX
+from bc_plugin.training import dequantized
 
 FLAG = {"positions": 1, "held_out": 0.25}
 GROUP_SIZE = 32
@@ -90,6 +92,29 @@ def test_every_width(tmp_path, enabled, bits, desc_act):
     torch.testing.assert_close(
         logits(_load(tmp_path / "out").model), logits(model.model), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_of_zero(tmp_path, enabled, monkeypatch, bits):
+    """AutoGPTQ packs a zero point less one, and -1 spoils that of the channels beside it."""
+    config = BaseQuantizeConfig(bits, GROUP_SIZE, desc_act=False, sym=False, bias_compensation=FLAG)
+    source = tiny_checkpoint(tmp_path / "float")
+    model = AutoGPTQForCausalLM.from_pretrained(source, config, torch_dtype=torch.float32)
+    linear = model.model.model.layers[0].mlp.up_proj
+    linear.weight.data[4].abs_()
+    meant = {}
+    free = GPTQ.free
+
+    def freed(gptq):
+        meant[gptq.layer] = gptq.layer.weight.detach().clone()
+        free(gptq)
+
+    monkeypatch.setattr(GPTQ, "free", freed)
+    model.quantize(sequences(), use_triton=False)
+    kernel = model.model.model.layers[0].mlp.up_proj
+    Compensation.attached_to(model.model).detach(model.model)
+    packed = dequantized(kernel, kernel.infeatures, torch.zeros(()))
+    torch.testing.assert_close(packed.T, meant[linear], rtol=1e-2, atol=1e-4)
 
 
 def test_without_the_plugin_the_plain_model_loads(checkpoint):

@@ -18,6 +18,7 @@ from bc_plugin.quantization import (
     calibration_is_ready,
     config_to_dict,
     flag_of,
+    is_running,
     override_flag,
     set_flag,
 )
@@ -72,6 +73,16 @@ def _fasterquant(wrapped, gptq, args, kwargs):
     return result
 
 
+def _find_params(wrapped, quantizer, args, kwargs):
+    wrapped(*args, **kwargs)
+    if is_running() and not quantizer.sym:
+        # Zero points are packed less one. -1 overwrites its neighbours too, and at 3 bits AutoGPTQ
+        # reads it as 8 and other kernels as 0: no vector would be right for both.
+        wraps = quantizer.zero == 0
+        quantizer.zero[wraps] = 1
+        quantizer.scale[wraps] *= quantizer.maxq / (quantizer.maxq - 1)
+
+
 def _from_quantized(wrapped, cls, args, kwargs):
     token = _files.set(None)
     try:
@@ -119,6 +130,7 @@ BASE = "auto_gptq.modeling._base"
 MODEL = f"{BASE}:BaseGPTQForCausalLM"
 CONFIG = f"{BASE}:BaseQuantizeConfig"
 GPTQ = "auto_gptq.quantization.gptq:GPTQ"
+QUANTIZER = "auto_gptq.quantization.quantizer:Quantizer"
 AUTO_GPTQ = Toolkit(
     name="auto_gptq",
     distribution="auto-gptq",
@@ -131,6 +143,7 @@ AUTO_GPTQ = Toolkit(
         Patch(f"{MODEL}._prepare_examples_for_quantization", calibration_is_ready, ("examples",)),
         Patch(f"{GPTQ}.add_batch", _add_batch, ("inp", "out")),
         Patch(f"{GPTQ}.fasterquant", _fasterquant),
+        Patch(f"{QUANTIZER}.find_params", _find_params),
         Patch(f"{MODEL}.from_quantized", _from_quantized, ("model_name_or_path",)),
         Patch(f"{BASE}:get_checkpoints", _get_checkpoints, ("model_name_or_path",)),
         Patch(f"{BASE}:autogptq_post_init", _post_init, ("model",)),
