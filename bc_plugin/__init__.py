@@ -3,11 +3,11 @@
 from .compensate import compensate
 from .compensation import Compensation
 from .config import BiasCompensationConfig
+from .enable import disable, enable, enabled
 from .errors import BiasCompensationError
 from .evaluate import Evaluation, evaluate
 from .export import export
 from .float_logits import FloatLogits
-from .patching import disable, enable, enabled
 from .refine import record_float_logits, refine
 from .refinement import RefinementConfig
 

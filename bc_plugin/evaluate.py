@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
 from .errors import BiasCompensationError
-from .structure import device_of
+from .predictions import next_token_log_probabilities, predicted_tokens
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def evaluate(
     tokens = agreeing = 0
     for batch in tqdm(list(batches), desc="Evaluating", leave=False):
         log_p = next_token_log_probabilities(model, batch)
-        targets = batch["input_ids"][:, 1:][_predicted(batch)].to(log_p.device)
+        targets = batch["input_ids"][:, 1:][predicted_tokens(batch)].to(log_p.device)
         loss += functional.nll_loss(log_p, targets, reduction="sum").double().item()
         tokens += len(targets)
         if reference is not None:
@@ -71,18 +71,3 @@ def evaluate(
     if reference is None:
         return Evaluation(perplexity, tokens)
     return Evaluation(perplexity, tokens, divergence / tokens, agreeing / tokens)
-
-
-def next_token_log_probabilities(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Tensor:
-    """What ``model`` predicts for each next token that counts, float32 (tokens, vocabulary)."""
-    device = device_of(model)
-    logits = model(**{key: value.to(device) for key, value in batch.items()}).logits
-    predicted = _predicted(batch).to(logits.device)
-    return functional.log_softmax(logits[:, :-1][predicted].float(), dim=-1)
-
-
-def _predicted(batch: Mapping[str, torch.Tensor]) -> Tensor:
-    """Which next tokens count, (batch, length - 1): real ones predicted from real ones."""
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
-    return mask[:, 1:] & mask[:, :-1]

@@ -16,21 +16,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .architectures import (
-    ALWAYS,
-    ARCHITECTURES,
-    AS_LLAMA,
-    ENGINES,
-    FUSED,
-    LLAMA_SETTINGS,
-    Architecture,
-)
+from .architectures import ALWAYS, ARCHITECTURES, ENGINES, Architecture
 from .checkpoint import SUFFIX, new_folder
 from .compensation import Compensation
 from .dequantizing import dequantize
 from .errors import BiasCompensationError
 from .names import KEY, collapse
-from .unfusing import Fused, parts_of, unfuse
+from .unfusing import FUSED, Fused, llama_config, parts_of, unfuse
 from .widening import needs_widening, widen
 
 CONFIGS = ("config.json", "quantize_config.json")
@@ -105,7 +97,7 @@ def export(
     fused: Fused = {}
     if as_llama:
         fused = FUSED[config["model_type"]](config) if config.get("model_type") in FUSED else {}
-        config = _llama_config(config)
+        config = llama_config(config)
     architecture = _architecture(config, engine)
     plan = make_plan(compensation, architecture, config, engine, fused)
     if plan.left and not allow_partial:
@@ -147,21 +139,6 @@ def _architecture(config: Mapping[str, Any], engine: str) -> Architecture:
             f"it can be exported for {able}."
         )
     return architecture
-
-
-def _llama_config(config: dict[str, Any]) -> dict[str, Any]:
-    kind = config.get("model_type")
-    if kind == "llama":
-        return config
-    if kind not in AS_LLAMA:
-        raise BiasCompensationError(
-            f"a model of type {kind!r} cannot be rewritten as a Llama; {sorted(AS_LLAMA)} can."
-        )
-    obstacle = AS_LLAMA[kind](config)
-    if obstacle is not None:
-        raise BiasCompensationError(f"this model is not exactly a Llama: {obstacle}.")
-    kept = {name: config[name] for name in LLAMA_SETTINGS if name in config}
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **kept}
 
 
 def make_plan(

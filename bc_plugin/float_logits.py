@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import written_whole
 from .errors import BiasCompensationError
-from .evaluate import next_token_log_probabilities
+from .predictions import next_token_log_probabilities
 
 
 class FloatLogits:

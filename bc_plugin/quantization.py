@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .awq import RECORD
 from .compensate import compensate, prepare_stream
 from .compensation import Compensation
 from .config import BiasCompensationConfig
@@ -20,7 +21,7 @@ from .joint import JointGPTQ
 from .names import KEY
 from .refine import record_float_logits, refined
 from .refinement import RefinementConfig
-from .rescaling import RECORD, Rescaling
+from .rescaling import Rescaling
 from .stream import call_model, copy_of
 from .structure import device_of, find_blocks
 

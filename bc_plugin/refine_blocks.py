@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 
 from .compensation import Compensation
 from .errors import BiasCompensationError
-from .evaluate import next_token_log_probabilities
 from .float_blocks import BlockSnapshot, LiveBlocks
 from .optimize import Outcome, Progress, Training
 from .positions import PositionTracker
+from .predictions import next_token_log_probabilities
 from .refinement import RefinementConfig, RefinementData
 from .stream import BlockCalls, record_calls, skipped_blocks
 from .structure import Blocks, device_of, dtype_of, find_blocks

@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 
 from .compensation import Compensation
 from .errors import BiasCompensationError
-from .evaluate import next_token_log_probabilities
 from .float_logits import FloatLogits
 from .optimize import Outcome, Progress, Training
 from .positions import PositionTracker
+from .predictions import next_token_log_probabilities
 from .refinement import RefinementConfig, RefinementData
 from .stream import twin_of
 from .structure import dtype_of, find_blocks

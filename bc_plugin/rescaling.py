@@ -13,10 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .patching import argument
-
-RECORD = "_rescaling"
-
 
 class Rescaling:
     """The scales that were moved within one block.
@@ -43,16 +39,3 @@ class Rescaling:
         """What the rescaled linear is given where the float linear is given ``inputs``."""
         scales = self.inputs.get(linear)
         return inputs if scales is None else inputs / scales.to(inputs)
-
-
-def record(block: nn.Module, scales: Iterable[tuple[Any, ...]]) -> None:
-    """Note scales about to be applied to a block that a compensated run has marked."""
-    rescaling = vars(block).get(RECORD)
-    if rescaling is not None:
-        rescaling.add(block, scales)
-
-
-def scales_are_applied(wrapped, instance, args, kwargs):
-    """Wrapper for ``apply_scale(module, scales_list, ...)``, as all AWQ toolkits have it."""
-    record(argument("module", 0, args, kwargs), argument("scales_list", 1, args, kwargs))
-    return wrapped(*args, **kwargs)

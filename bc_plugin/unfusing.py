@@ -6,7 +6,7 @@ weight has scales and zero points per output channel, so it can be cut between t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -84,3 +84,62 @@ def _pieces(key: str, whole: Tensor, parts: Mapping[str, int]) -> Iterator[Tenso
             )
     for piece in whole.split([width * stored // total for width in parts.values()], axis):
         yield piece.clone()
+
+
+def llama_config(config: dict[str, Any]) -> dict[str, Any]:
+    kind = config.get("model_type")
+    if kind == "llama":
+        return config
+    if kind not in AS_LLAMA:
+        raise BiasCompensationError(
+            f"a model of type {kind!r} cannot be rewritten as a Llama; {sorted(AS_LLAMA)} can."
+        )
+    obstacle = AS_LLAMA[kind](config)
+    if obstacle is not None:
+        raise BiasCompensationError(f"this model is not exactly a Llama: {obstacle}.")
+    kept = {name: config[name] for name in LLAMA_SETTINGS if name in config}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **kept}
+
+
+# What makes a model of another type exactly a Llama with biases. Each answers with what is in the
+# way, or None.
+
+
+def _window_as_llama(config: Mapping[str, Any]) -> str | None:
+    window = config.get("sliding_window")
+    return None if window is None else f"its attention has a sliding window of {window}"
+
+
+def _qwen2_as_llama(config: Mapping[str, Any]) -> str | None:
+    layers = set(config.get("layer_types") or ())
+    if config.get("use_sliding_window") or layers - {"full_attention"}:
+        return "its attention has a sliding window"
+    return None
+
+
+def _phi3_as_llama(config: Mapping[str, Any]) -> str | None:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        return f"its rotary embedding is of the kind {kind!r}"
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        return f"only {partial:.0%} of each of its heads are rotated"
+    return _window_as_llama(config)
+
+
+AS_LLAMA: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
+    "mistral": _window_as_llama,
+    "qwen2": _qwen2_as_llama,
+    "phi3": _phi3_as_llama,
+}
+FUSED: dict[str, Callable[[Mapping[str, Any]], Fused]] = {"phi3": phi3}
+# What a Llama's config has of those.
+LLAMA_SETTINGS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act"),
+    *("max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "attention_dropout"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "dtype", "torch_dtype"),
+    *("quantization_config", "transformers_version"),
+)

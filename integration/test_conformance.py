@@ -15,7 +15,9 @@ from tiny import logits, sequences, tiny_checkpoint, tiny_tokenizer
 from toolkits import TOOLKITS, model_of
 
 import bc_plugin
-from bc_plugin import BiasCompensationError, Compensation, patching
+from bc_plugin import BiasCompensationError, Compensation
+from bc_plugin.enable import _toolkits
+from bc_plugin.patching import Applied
 from bc_plugin.checkpoint import SUFFIX
 from bc_plugin.stream import copy_of
 from bc_plugin.structure import dtype_of
@@ -220,10 +222,10 @@ def test_disable_leaves_no_trace(toolkit):
     def everything():
         return {
             patch.target: id(vars(applied.parent).get(applied.attribute))
-            for known in patching._toolkits().values()
+            for known in _toolkits().values()
             if known.version
             for patch in known.patches
-            for applied in [patching._Applied(known, patch)]
+            for applied in [Applied(known, patch)]
         }
 
     before = everything()

@@ -5,6 +5,7 @@ Optimum quantizes with its GPTQ object, too.
 
 from __future__ import annotations
 
+from bc_plugin.awq import scales_are_applied
 from bc_plugin.checkpoint import read_settings
 from bc_plugin.compensation import Compensation
 from bc_plugin.config import BiasCompensationConfig
@@ -22,7 +23,6 @@ from bc_plugin.quantization import (
     override_flag,
     set_flag,
 )
-from bc_plugin.rescaling import scales_are_applied
 from bc_plugin.saving import plain_vectors, put_vectors, take_vectors
 from bc_plugin.stream import copy_of
 

@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 
-from bc_plugin import BiasCompensationError, disable, enable, enabled, patching
+from bc_plugin import BiasCompensationError, disable, enable, enabled
 from bc_plugin.patching import Patch, Toolkit
 
 
@@ -46,7 +46,7 @@ def toolkits(monkeypatch):
         patches = tuple(Patch(f"made_for_tests:Class.{t}", _negated, parameters) for t in targets)
         known[name] = Toolkit(name, distribution, versions, patches, needs)
 
-    monkeypatch.setattr(patching, "_toolkits", lambda: known)
+    monkeypatch.setattr(sys.modules["bc_plugin.enable"], "_toolkits", lambda: known)
     yield add
     disable()
 

@@ -8,7 +8,8 @@ import torch
 from models import crudely_quantized, tiny_model, token_batches
 
 import bc_plugin
-from bc_plugin.rescaling import RECORD, Rescaling, record
+from bc_plugin.awq import RECORD, record
+from bc_plugin.rescaling import Rescaling
 from bc_plugin.structure import find_blocks
 
 EXACT = {"dtype": "float64", "held_out": 0, "positions": 0}
