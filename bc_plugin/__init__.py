@@ -1,15 +1,15 @@
 """Bias compensation for quantized models, inside the toolkits that quantize them."""
 
 from .compensate import compensate
-from .compensation import Compensation
 from .config import BiasCompensationConfig
 from .enable import disable, enable, enabled
 from .errors import BiasCompensationError
 from .evaluate import Evaluation, evaluate
 from .export import export
-from .float_logits import FloatLogits
 from .refine import record_float_logits, refine
-from .refinement import RefinementConfig
+from .refinement.config import RefinementConfig
+from .refinement.float_logits import FloatLogits
+from .vectors.compensation import Compensation
 
 __all__ = [
     "BiasCompensationConfig",

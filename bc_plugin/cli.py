@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .architectures import ENGINES
-from .checkpoint import new_folder
 from .errors import BiasCompensationError
+from .files import new_folder
+from .models.architectures import ENGINES
 
 app = typer.Typer(
     name="bc-plugin",
@@ -79,7 +79,7 @@ def _tokenizer(folder: str) -> Any:
 def _calibration(
     dataset: str, tokenizer: Any, length: int, samples: int, float_model: Callable[[], Any]
 ) -> list[dict[str, Any]]:
-    from .calibration import read_text, sample_from, windows
+    from .calibration.batches import read_text, sample_from, windows
 
     if dataset == "self":
         return sample_from(float_model(), tokenizer, length, samples)
@@ -287,7 +287,7 @@ def evaluate(
     """
     from . import Compensation, enable
     from . import evaluate as run
-    from .calibration import read_text, windows
+    from .calibration.batches import read_text, windows
 
     # Toolkits print to the standard output, which is for the result.
     with contextlib.redirect_stdout(sys.stderr):

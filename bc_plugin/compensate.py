@@ -12,21 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .attachment import AttachedSite
-from .calibration import rebatch, split_held_out, spread
-from .compensation import Compensation, SiteErrors
+from .calibration.batches import calibration_batches
+from .calibration.stream import prepare_stream
 from .config import BiasCompensationConfig
-from .digest import weights_digest, weights_of
 from .errors import BiasCompensationError
-from .float_blocks import BlockSnapshot, LiveBlocks
-from .names import VECTOR
-from .outside import measure_outside
-from .positions import PositionTracker
-from .rescaling import Rescaling
-from .sites import Site
-from .stream import Batch, BlockCalls, copy_of, record_calls
-from .structure import (
-    Blocks,
+from .models.blocks import (
     device_of,
     dtype_of,
     find_block_lists,
@@ -35,6 +25,16 @@ from .structure import (
     others_changed,
     sites_outside,
 )
+from .models.calls import BlockCalls, copy_of
+from .models.float_blocks import BlockSnapshot, LiveBlocks
+from .models.positions import PositionTracker
+from .names import VECTOR
+from .shift.outside import measure_outside
+from .shift.rescaling import Rescaling
+from .shift.site import Site
+from .vectors.attach import AttachedSite
+from .vectors.check import weights_digest, weights_of
+from .vectors.compensation import Compensation, SiteErrors
 
 RESCALED = (
     "the quantized model's norms are not the float model's: scales were moved within its blocks, "
@@ -104,50 +104,6 @@ def compensate(
                 model.train(mode)
     compensation.seconds = time.perf_counter() - start
     return compensation
-
-
-def calibration_batches(
-    calibration: Iterable[Any], config: BiasCompensationConfig
-) -> tuple[list[Batch], list[Batch]]:
-    """The calibration data in batches: those that vectors are fitted to, and those held out."""
-    items = spread(list(calibration), config.max_tokens)
-    fitted, apart = split_held_out(items, config.held_out)
-    return (
-        rebatch(fitted, config.batch_tokens),
-        rebatch(apart, config.batch_tokens) if apart else [],
-    )
-
-
-def prepare_stream(
-    model: nn.Module, blocks: Blocks, calibration: Iterable[Any], config: BiasCompensationConfig
-) -> tuple[list[BlockCalls], int]:
-    """The calibration data as calls of the model's first block, some of it held out.
-
-    Returns:
-        The calls, and the number of leading positions with a vector of their own.
-
-    Raises:
-        BiasCompensationError: the data is empty, all padding, or too short for the positions, or
-            there is too little of it to hold some out where that is needed.
-    """
-    fitted, apart = calibration_batches(calibration, config)
-    device = device_of(model)
-    stream = list(record_calls(model, blocks, fitted, device))
-    longest = max(int(calls.index.max()) + 1 for calls in stream)
-    if config.positions != "all" and longest <= config.positions:
-        raise BiasCompensationError(
-            f"the longest calibration sequence has {longest} tokens; positions={config.positions} "
-            f"needs more than {config.positions}, so that later tokens have a mean too."
-        )
-    if config.keep_only_if_better and not apart:
-        raise BiasCompensationError(
-            "keep_only_if_better needs at least two calibration sequences, one to be held out."
-        )
-    if apart:
-        for calls in record_calls(model, blocks, apart, device):
-            calls.held_out = True
-            stream.append(calls)
-    return stream, longest if config.positions == "all" else config.positions
 
 
 class _Pass:

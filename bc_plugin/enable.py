@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .errors import BiasCompensationError
-from .patching import Applied, Toolkit
+from .toolkits.patch import Applied, Toolkit
 
 _applied: dict[str, list[Applied]] = {}
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from .errors import BiasCompensationError
-from .predictions import next_token_log_probabilities, predicted_tokens
+from .models.predictions import next_token_log_probabilities, predicted_tokens
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .architectures import ALWAYS, ARCHITECTURES, ENGINES, Architecture
-from .checkpoint import SUFFIX, new_folder
-from .compensation import Compensation
-from .dequantizing import dequantize
+from .engines.as_llama import FUSED, Fused, llama_config, parts_of, unfuse
+from .engines.dequantize import dequantize
+from .engines.widen import needs_widening, widen
 from .errors import BiasCompensationError
-from .names import KEY, collapse
-from .unfusing import FUSED, Fused, llama_config, parts_of, unfuse
-from .widening import needs_widening, widen
+from .files import new_folder
+from .models.architectures import ALWAYS, ARCHITECTURES, ENGINES, Architecture
+from .names import KEY, SUFFIX, collapse
+from .vectors.compensation import Compensation
 
 CONFIGS = ("config.json", "quantize_config.json")
 TOKENS = 48

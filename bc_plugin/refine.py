@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compensation import Compensation
 from .errors import BiasCompensationError
-from .float_blocks import BlockSnapshot
-from .float_logits import FloatLogits
-from .optimize import Outcome, Progress, checksum
-from .refine_blocks import refined_by_block
-from .refine_model import refined_by_model
-from .refinement import RefinementConfig, RefinementData
-from .stream import copy_of
-from .structure import device_of, dtype_of
+from .models.blocks import device_of, dtype_of
+from .models.calls import copy_of
+from .models.float_blocks import BlockSnapshot
+from .refinement.by_block import refined_by_block
+from .refinement.by_model import refined_by_model
+from .refinement.config import RefinementConfig, RefinementData
+from .refinement.float_logits import FloatLogits
+from .refinement.train import Outcome, Progress, checksum
+from .vectors.compensation import Compensation
 
 
 def refine(

@@ -17,11 +17,11 @@ from toolkits import TOOLKITS, model_of
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation
 from bc_plugin.enable import _toolkits
-from bc_plugin.patching import Applied
-from bc_plugin.checkpoint import SUFFIX
-from bc_plugin.stream import copy_of
-from bc_plugin.structure import dtype_of
-from bc_plugin.training import dequantized, differentiable
+from bc_plugin.models.blocks import dtype_of
+from bc_plugin.models.calls import copy_of
+from bc_plugin.names import SUFFIX
+from bc_plugin.refinement.parameters import dequantized, differentiable
+from bc_plugin.toolkits.patch import Applied
 
 FLAG = {"positions": 1, "held_out": 0.25}
 NAME = "model.layers.0.mlp.down_proj"

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation
 from bc_plugin.cli import app
-from bc_plugin.packing import integers_of, pack, unpack
+from bc_plugin.models.packed import integers_of, pack, unpack
 
 
 def _compensated(folder, toolkit="transformers", architecture="llama", **settings):

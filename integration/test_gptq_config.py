@@ -14,7 +14,7 @@ from tiny import logits, sequences, text, tiny_checkpoint, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, GPTQConfig
 
 from bc_plugin import BiasCompensationConfig, BiasCompensationError, Compensation
-from bc_plugin.checkpoint import SUFFIX
+from bc_plugin.names import SUFFIX
 
 FLAG = {"positions": 1, "held_out": 0.25}
 

@@ -10,7 +10,7 @@ from tiny import logits, sequences, tiny_checkpoint, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from bc_plugin import BiasCompensationError, Compensation
-from bc_plugin.joint import CentredInputs
+from bc_plugin.toolkits.joint import CentredInputs
 
 FLAG = {"positions": 1, "held_out": 0.25}
 AWQ = {"method": "awq", "format": "gemm", "sym": False}

@@ -8,8 +8,8 @@ from cpu_shims import auto_gptq_on_cpu
 from torch import nn
 
 import bc_plugin
-from bc_plugin.joint import JointGPTQ
-from bc_plugin.structure import find_blocks
+from bc_plugin.models.blocks import find_blocks
+from bc_plugin.toolkits.joint import JointGPTQ
 
 BITS, GROUP_SIZE, FEATURES = 3, 32, 64
 KNOWN = [name for name in ("auto_gptq", "gptqmodel") if importlib.util.find_spec(name)]

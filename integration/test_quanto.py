@@ -14,7 +14,7 @@ from optimum.quanto import Calibration, qint4, qint8, quantize, quantize_activat
 
 import bc_plugin
 from bc_plugin import Compensation
-from bc_plugin.statistics import ShiftStatistics
+from bc_plugin.shift.statistics import ShiftStatistics
 
 KEEP = ["vit.embeddings*", "vit.layernorm", "classifier"]
 

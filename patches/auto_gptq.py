@@ -7,13 +7,12 @@ from contextvars import ContextVar
 from dataclasses import fields
 from pathlib import Path
 
-from bc_plugin.checkpoint import read_settings
 from bc_plugin.errors import BiasCompensationError
-from bc_plugin.joint import centred_inputs, weight_of
-from bc_plugin.loading import read_compensation
 from bc_plugin.names import KEY
-from bc_plugin.patching import Patch, Toolkit, argument
-from bc_plugin.quantization import (
+from bc_plugin.toolkits.joint import centred_inputs, weight_of
+from bc_plugin.toolkits.load import read_compensation
+from bc_plugin.toolkits.patch import Patch, Toolkit, argument
+from bc_plugin.toolkits.run import (
     CompensatedQuantization,
     calibration_is_ready,
     config_to_dict,
@@ -22,6 +21,7 @@ from bc_plugin.quantization import (
     override_flag,
     set_flag,
 )
+from bc_plugin.vectors.checkpoint import read_settings
 
 # The files of the checkpoint that from_quantized is reading.
 _files: ContextVar[list[Path] | None] = ContextVar("files", default=None)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import warnings
 
-from bc_plugin.awq import scales_are_applied
 from bc_plugin.config import BiasCompensationConfig
 from bc_plugin.errors import BiasCompensationError
-from bc_plugin.loading import hold_for
 from bc_plugin.names import KEY
-from bc_plugin.patching import Patch, Toolkit, argument
-from bc_plugin.quantization import CompensatedQuantization, calibration_is_ready, is_entry, set_flag
+from bc_plugin.toolkits.awq import scales_are_applied
+from bc_plugin.toolkits.load import hold_for
+from bc_plugin.toolkits.patch import Patch, Toolkit, argument
+from bc_plugin.toolkits.run import CompensatedQuantization, calibration_is_ready, is_entry, set_flag
 
 # Quantizing
 

@@ -5,16 +5,15 @@ Optimum quantizes with its GPTQ object, too.
 
 from __future__ import annotations
 
-from bc_plugin.awq import scales_are_applied
-from bc_plugin.checkpoint import read_settings
-from bc_plugin.compensation import Compensation
 from bc_plugin.config import BiasCompensationConfig
 from bc_plugin.errors import BiasCompensationError
-from bc_plugin.joint import centred_inputs, weight_of
-from bc_plugin.loading import attach_held, hold_for, load_if_any
+from bc_plugin.models.calls import copy_of
 from bc_plugin.names import KEY
-from bc_plugin.patching import Patch, Toolkit, argument
-from bc_plugin.quantization import (
+from bc_plugin.toolkits.awq import scales_are_applied
+from bc_plugin.toolkits.joint import centred_inputs, weight_of
+from bc_plugin.toolkits.load import attach_held, hold_for, load_if_any
+from bc_plugin.toolkits.patch import Patch, Toolkit, argument
+from bc_plugin.toolkits.run import (
     CompensatedQuantization,
     calibration_is_ready,
     config_to_dict,
@@ -23,8 +22,9 @@ from bc_plugin.quantization import (
     override_flag,
     set_flag,
 )
-from bc_plugin.saving import plain_vectors, put_vectors, take_vectors
-from bc_plugin.stream import copy_of
+from bc_plugin.toolkits.save import plain_vectors, put_vectors, take_vectors
+from bc_plugin.vectors.checkpoint import read_settings
+from bc_plugin.vectors.compensation import Compensation
 
 # The GPTQ object
 

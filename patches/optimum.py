@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bc_plugin.loading import attach_held, hold_for
 from bc_plugin.names import KEY
-from bc_plugin.patching import Patch, Toolkit, argument
-from bc_plugin.quantization import (
+from bc_plugin.toolkits.load import attach_held, hold_for
+from bc_plugin.toolkits.patch import Patch, Toolkit, argument
+from bc_plugin.toolkits.run import (
     CompensatedQuantization,
     calibration_is_ready,
     flag_of,

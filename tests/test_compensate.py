@@ -7,8 +7,8 @@ from torch import nn
 
 import bc_plugin
 from bc_plugin import BiasCompensationConfig, BiasCompensationError
-from bc_plugin.float_blocks import BlockSnapshot
-from bc_plugin.structure import find_blocks
+from bc_plugin.models.blocks import find_blocks
+from bc_plugin.models.float_blocks import BlockSnapshot
 
 EXACT = {"dtype": "float64", "held_out": 0}
 

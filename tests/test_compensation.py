@@ -10,7 +10,7 @@ from torch import nn
 
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation
-from bc_plugin.compensation import FILE
+from bc_plugin.vectors.compensation import FILE
 
 
 def _pair(architecture="llama", positions=1, **changes):
@@ -103,7 +103,7 @@ def test_vectors_that_cannot_be_written_leave_no_file(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("bc_plugin.compensation.save_file", fail)
+    monkeypatch.setattr("bc_plugin.vectors.compensation.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         compensation.save(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [FILE]
@@ -231,8 +231,8 @@ def test_a_kernel_with_a_bias_of_another_order_is_left_alone():
         def forward(self, x):
             return nn.functional.linear(x, *self.kernel)
 
-    from bc_plugin.attachment import AttachedSite
-    from bc_plugin.positions import PositionTracker
+    from bc_plugin.models.positions import PositionTracker
+    from bc_plugin.vectors.attach import AttachedSite
 
     for kind in (Permuted, BuiltOnce):
         module = kind(8, 6)

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation
-from bc_plugin.architectures import ARCHITECTURES, ENGINES
 from bc_plugin.export import make_plan
-from bc_plugin.structure import find_blocks
+from bc_plugin.models.architectures import ARCHITECTURES, ENGINES
+from bc_plugin.models.blocks import find_blocks
 
 WHOLE = {
     "llama": {},
@@ -135,7 +135,7 @@ def test_several_positions_are_refused_with_the_way_out(tmp_path):
 
 
 def test_a_result_that_differs_is_deleted(tmp_path, monkeypatch):
-    from bc_plugin import architectures
+    from bc_plugin.models import architectures
 
     wrong = architectures.Architecture(
         ARCHITECTURES["llama"].flags, "mlp.down_proj", ARCHITECTURES["llama"].engines, lambda c: 2.0

@@ -4,8 +4,8 @@ from models import ARCHITECTURES, crudely_quantized, tiny_model, token_batches
 from transformers import AutoModelForCausalLM
 
 import bc_plugin
-from bc_plugin.float_blocks import BlockSnapshot
-from bc_plugin.structure import find_blocks
+from bc_plugin.models.blocks import find_blocks
+from bc_plugin.models.float_blocks import BlockSnapshot
 
 
 def _loaded(folder, architecture="llama", **kwargs):

@@ -9,7 +9,7 @@ from images import inputs, tiny
 from models import ARCHITECTURES, crudely_quantized, tiny_model, token_batches
 
 import bc_plugin
-from bc_plugin.structure import find_blocks
+from bc_plugin.models.blocks import find_blocks
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 ROTARY = [name for name in ARCHITECTURES if name not in ("opt", "bloom", "gpt2")]

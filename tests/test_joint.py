@@ -8,8 +8,8 @@ from models import tiny_model, token_batches
 from torch import nn
 
 from bc_plugin import BiasCompensationError
-from bc_plugin.joint import JointGPTQ, centred_inputs, weight_of
-from bc_plugin.structure import find_blocks
+from bc_plugin.models.blocks import find_blocks
+from bc_plugin.toolkits.joint import JointGPTQ, centred_inputs, weight_of
 
 SINK = 1000.0
 

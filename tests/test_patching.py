@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 
 from bc_plugin import BiasCompensationError, disable, enable, enabled
-from bc_plugin.patching import Patch, Toolkit
+from bc_plugin.toolkits.patch import Patch, Toolkit
 
 
 class _Parent:

@@ -9,13 +9,13 @@ from torch import nn
 
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation, FloatLogits, RefinementConfig
-from bc_plugin.digest import weights_digest
-from bc_plugin.optimize import Training, learning_rate_factor
-from bc_plugin.positions import PositionTracker
-from bc_plugin.predictions import next_token_log_probabilities
-from bc_plugin.refinement import RefinementData
-from bc_plugin.structure import find_blocks
-from bc_plugin.training import merged_blocks, trained
+from bc_plugin.models.blocks import find_blocks
+from bc_plugin.models.positions import PositionTracker
+from bc_plugin.models.predictions import next_token_log_probabilities
+from bc_plugin.refinement.config import RefinementData
+from bc_plugin.refinement.parameters import merged_blocks, trained
+from bc_plugin.refinement.train import Training, learning_rate_factor
+from bc_plugin.vectors.check import weights_digest
 
 CALIBRATION = token_batches(count=64)
 SETTINGS = {

@@ -8,9 +8,9 @@ import torch
 from models import crudely_quantized, tiny_model, token_batches
 
 import bc_plugin
-from bc_plugin.awq import RECORD, record
-from bc_plugin.rescaling import Rescaling
-from bc_plugin.structure import find_blocks
+from bc_plugin.models.blocks import find_blocks
+from bc_plugin.shift.rescaling import Rescaling
+from bc_plugin.toolkits.awq import RECORD, record
 
 EXACT = {"dtype": "float64", "held_out": 0, "positions": 0}
 GROUPS = (

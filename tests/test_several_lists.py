@@ -9,7 +9,7 @@ from transformers import BartConfig, BartModel, T5Config, T5Model
 
 import bc_plugin
 from bc_plugin import BiasCompensationConfig, BiasCompensationError, Compensation
-from bc_plugin.structure import find_block_lists, find_blocks
+from bc_plugin.models.blocks import find_block_lists, find_blocks
 
 EXACT = {"positions": 0, "dtype": "float64", "held_out": 0}
 SWIN = ("swin.encoder.layers.0.blocks", "swin.encoder.layers.1.blocks")

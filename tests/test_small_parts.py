@@ -11,9 +11,16 @@ from torch import nn
 
 import bc_plugin
 from bc_plugin import BiasCompensationConfig, BiasCompensationError
-from bc_plugin.calibration import read_text, rebatch, sample_from, split_held_out, spread, windows
+from bc_plugin.calibration.batches import (
+    read_text,
+    rebatch,
+    sample_from,
+    split_held_out,
+    spread,
+    windows,
+)
+from bc_plugin.models.blocks import find_blocks
 from bc_plugin.names import collapse, expand
-from bc_plugin.structure import find_blocks
 
 # Config
 

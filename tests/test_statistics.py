@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bc_plugin.statistics import ShiftStatistics
+from bc_plugin.shift.statistics import ShiftStatistics
 
 
 def _data(tokens=200, features=7, seed=0):

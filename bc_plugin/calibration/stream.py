@@ -1,0 +1,46 @@
+"""Calibration batches as calls of a model's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ..config import BiasCompensationConfig
+from ..errors import BiasCompensationError
+from ..models.blocks import Blocks, device_of
+from ..models.calls import BlockCalls, record_calls
+from .batches import calibration_batches
+
+
+def prepare_stream(
+    model: nn.Module, blocks: Blocks, calibration: Iterable[Any], config: BiasCompensationConfig
+) -> tuple[list[BlockCalls], int]:
+    """The calibration data as calls of the model's first block, some of it held out.
+
+    Returns:
+        The calls, and the number of leading positions with a vector of their own.
+
+    Raises:
+        BiasCompensationError: the data is empty, all padding, or too short for the positions, or
+            there is too little of it to hold some out where that is needed.
+    """
+    fitted, apart = calibration_batches(calibration, config)
+    device = device_of(model)
+    stream = list(record_calls(model, blocks, fitted, device))
+    longest = max(int(calls.index.max()) + 1 for calls in stream)
+    if config.positions != "all" and longest <= config.positions:
+        raise BiasCompensationError(
+            f"the longest calibration sequence has {longest} tokens; positions={config.positions} "
+            f"needs more than {config.positions}, so that later tokens have a mean too."
+        )
+    if config.keep_only_if_better and not apart:
+        raise BiasCompensationError(
+            "keep_only_if_better needs at least two calibration sequences, one to be held out."
+        )
+    if apart:
+        for calls in record_calls(model, blocks, apart, device):
+            calls.held_out = True
+            stream.append(calls)
+    return stream, longest if config.positions == "all" else config.positions

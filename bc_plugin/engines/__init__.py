@@ -1,0 +1,1 @@
+"""What makes a compensated checkpoint one that an engine loads without this package."""

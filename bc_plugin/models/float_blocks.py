@@ -1,0 +1,116 @@
+"""The float model's blocks, one at a time, after the model itself has been overwritten."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from .blocks import Blocks, device_of
+
+
+class LiveBlocks:
+    """Blocks of a float model that is still there.
+
+    Args:
+        model: The float model, on any device, also one that accelerate offloads.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @contextmanager
+    def load(self, name: str, device: torch.device) -> Iterator[nn.Module]:
+        """The block called ``name``, on ``device`` while the context lasts."""
+        block = self.model.get_submodule(name)
+        yield block if device_of(block) == device else copy.deepcopy(block).to(device)
+
+
+class BlockSnapshot:
+    """The weights of a model's blocks, kept before a toolkit overwrites them.
+
+    Where the model came from a folder of safetensors files, a tensor that stands there with the
+    same values is read from the file again, memory-mapped; any other is copied to the CPU.
+
+    Args:
+        model: The float model.
+        blocks: Where its blocks are.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Blocks) -> None:
+        files = _safetensors(model)
+        self.skeletons: dict[str, nn.Module] = {}
+        self.files: dict[tuple[str, str], tuple[Path, str]] = {}
+        self.copies: dict[tuple[str, str], Tensor] = {}
+        for name in blocks.names:
+            block = model.get_submodule(name)
+            for key, tensor in _tensors(block).items():
+                stored = files.get(f"{name}.{key}")
+                if stored is not None and _equal(_read(*stored), tensor):
+                    self.files[name, key] = stored
+                else:
+                    self.copies[name, key] = tensor.detach().to("cpu", copy=True)
+            self.skeletons[name] = _without_weights(block)
+
+    @contextmanager
+    def load(self, name: str, device: torch.device) -> Iterator[nn.Module]:
+        """The block called ``name``, on ``device`` while the context lasts."""
+        block = copy.deepcopy(self.skeletons[name])
+        for key, empty in list(_tensors(block).items()):
+            stored = self.files.get((name, key))
+            tensor = self.copies[name, key] if stored is None else _read(*stored)
+            tensor = tensor.to(device, empty.dtype)
+            owner, _, leaf = key.rpartition(".")
+            module = block.get_submodule(owner)
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            else:
+                module._buffers[leaf] = tensor
+        yield block.eval()
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those included that a state dict leaves out."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def _without_weights(block: nn.Module) -> nn.Module:
+    """A copy of ``block`` on the meta device; the weights themselves are never copied."""
+    memo = {id(t): _meta(t) for t in _tensors(block).values()}
+    return copy.deepcopy(block, memo)
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _safetensors(model: nn.Module) -> dict[str, tuple[Path, str]]:
+    """Where each of the model's tensors may stand in the folder the model came from."""
+    source = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    folder = Path(source)
+    if not source or not folder.is_dir():
+        return {}
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    found: dict[str, tuple[Path, str]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118, not a dict
+                found[key] = found.setdefault(prefix + key, (path, key))
+    return found
+
+
+def _read(path: Path, key: str) -> Tensor:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(key)
+
+
+def _equal(stored: Tensor, live: Tensor) -> bool:
+    if stored.shape != live.shape or live.is_meta:
+        return False
+    return torch.equal(stored.to(live.dtype), live.detach().cpu())

@@ -1,0 +1,1 @@
+"""Training of vectors: settings, data, what is minimised, and the loop."""

@@ -1,0 +1,165 @@
+"""Vectors trained block by block, for models that do not fit: one block in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from ..errors import BiasCompensationError
+from ..models.blocks import Blocks, device_of, dtype_of, find_blocks
+from ..models.calls import BlockCalls, record_calls, skipped_blocks
+from ..models.float_blocks import BlockSnapshot, LiveBlocks
+from ..models.positions import PositionTracker
+from ..models.predictions import next_token_log_probabilities
+from ..vectors.compensation import Compensation
+from .config import RefinementConfig, RefinementData
+from .parameters import differentiable, frozen, merged_blocks, trained
+from .train import Outcome, Progress, Training
+
+
+def refined_by_block(
+    model: nn.Module,
+    compensation: Compensation,
+    float_model: nn.Module | BlockSnapshot,
+    data: RefinementData,
+    config: RefinementConfig,
+    progress: Progress,
+    as_loaded: Callable[[nn.Module], nn.Module],
+) -> Outcome:
+    """Minimise the error of every block's output, from the first to the last.
+
+    A block is fed what the compensated blocks before it give, and compared with what the float
+    block gives for the float model's input: it also learns to undo the error that reaches it.
+    Blocks with smaller errors may predict worse all the same, so the new vectors are kept only if
+    the KL divergence of next-token distributions falls, on held-out sequences.
+    """
+    live = isinstance(float_model, nn.Module)
+    if not live and not isinstance(float_model, BlockSnapshot):
+        raise BiasCompensationError(
+            f'by="block" compares blocks with those of the float model; pass that, not a '
+            f"{type(float_model).__name__}."
+        )
+    blocks = find_blocks(model, compensation.blocks)
+    source = LiveBlocks(float_model) if live else float_model
+    start = float_model if live else model
+    with torch.no_grad():
+        stream = list(record_calls(start, blocks, data.batches, device_of(start)))
+    given = [calls.hidden for calls in stream]  # to the quantized blocks
+    unrefined = {number: given[number] for number in data.held_out}  # with the old vectors
+    fixed = merged_blocks(model, compensation)
+    vectors: dict[str, Tensor] = {}
+    steps = 0
+    with tqdm(total=config.steps * len(blocks.names), desc="Refining blocks") as bar:
+        for position, name in enumerate(blocks.names):
+            block = as_loaded(model.get_submodule(name)).eval()
+            with torch.no_grad(), source.load(name, device_of(block)) as reference:
+                dtype = dtype_of(reference)
+                targets = [
+                    calls.run(reference, position, device_of(block), dtype) for calls in stream
+                ]
+            own = {
+                site: block.get_submodule(site[len(name) + 1 :])
+                for site in compensation.vectors
+                if site == name or site.startswith(f"{name}.")
+            }
+            tracker = PositionTracker(compensation.positions)
+            trainer = _Block(block, position, stream, given, targets, dtype_of(model), tracker)
+            with ExitStack() as stack:
+                stack.enter_context(frozen(block))
+                stack.enter_context(differentiable([block], trainer.dtype, False))
+                sites = stack.enter_context(trained(own, compensation, tracker, fixed))
+                with torch.no_grad():
+                    unrefined = {n: trainer.run(n, hidden) for n, hidden in unrefined.items()}
+                if sites:
+                    training = Training(
+                        sites, trainer.loss, data.fitted, data.held_out, config, progress, name
+                    )
+                    outcome = training.run(bar)
+                    steps = max(steps, outcome.steps)
+                    vectors |= outcome.vectors
+                with torch.no_grad():
+                    given = [trainer.run(number, hidden) for number, hidden in enumerate(given)]
+            for calls, target in zip(stream, targets, strict=True):
+                calls.hidden = target
+    held_out = {number: data.batches[number] for number in data.held_out}
+    expected = {number: stream[number].hidden for number in held_out}
+    before = _divergence(start, blocks, held_out, expected, unrefined)
+    after = _divergence(start, blocks, held_out, expected, {n: given[n] for n in held_out})
+    if after < before:
+        return Outcome(vectors, before, after, steps)
+    return Outcome(dict(compensation.vectors), before, before, steps)
+
+
+class _Block:
+    """One block, what it is given, and what it should give."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        position: int,
+        stream: list[BlockCalls],
+        given: list[Tensor],
+        targets: list[Tensor],
+        dtype: torch.dtype,
+        tracker: PositionTracker,
+    ) -> None:
+        self.block, self.position, self.stream = block, position, stream
+        self.given, self.targets, self.dtype = given, targets, dtype
+        self.tracker = tracker
+
+    def run(self, number: int, hidden: Tensor) -> Tensor:
+        """The block's output for a batch's hidden states."""
+        calls = self.stream[number]
+        self.tracker.observe(calls.index)
+        given = BlockCalls(hidden, calls.index, calls.calls)
+        return given.run(self.block, self.position, device_of(self.block), self.dtype)
+
+    def loss(self, number: int) -> tuple[Tensor, int]:
+        """Its relative error, and the number of tokens."""
+        index = self.stream[number].index
+        error = relative_error(self.run(number, self.given[number]), self.targets[number], index)
+        return error, int((index >= 0).sum())
+
+
+def relative_error(output: Tensor, target: Tensor, index: Tensor) -> Tensor:
+    """Mean over real tokens of the squared error, relative to the squared norm of the target.
+
+    Relative, since the norm in front of the next layer takes each token's own magnitude out; the
+    attention sink would drown all others otherwise.
+    """
+    features = target.shape[-1]
+    error = (output.float() - target.float()).reshape(-1, features).square().sum(-1)
+    size = target.float().reshape(-1, features).square().sum(-1)
+    real = index.flatten().to(error.device) >= 0
+    return (error[real] / size[real]).mean()
+
+
+@torch.no_grad()
+def _divergence(
+    model: nn.Module,
+    blocks: Blocks,
+    batches: Mapping[int, Mapping[str, Tensor]],
+    expected: Mapping[int, Tensor],
+    found: Mapping[int, Tensor],
+) -> float:
+    """Mean KL divergence of next-token distributions, in nats, by what the last block gives.
+
+    Args:
+        model: What follows its blocks turns hidden states into predictions.
+        expected: The float stream, by batch.
+        found: The quantized stream, by batch.
+    """
+    total, tokens = 0.0, 0
+    for number, batch in batches.items():
+        with skipped_blocks(model, blocks, expected[number]):
+            log_p = next_token_log_probabilities(model, batch)
+        with skipped_blocks(model, blocks, found[number]):
+            log_q = next_token_log_probabilities(model, batch)
+        total += functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+        tokens += len(log_p)
+    return total / tokens

@@ -1,0 +1,83 @@
+"""Vectors trained on the float model's next-token distributions, through the whole model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..errors import BiasCompensationError
+from ..models.blocks import dtype_of, find_blocks
+from ..models.calls import twin_of
+from ..models.positions import PositionTracker
+from ..models.predictions import next_token_log_probabilities
+from ..vectors.compensation import Compensation
+from .config import RefinementConfig, RefinementData
+from .float_logits import FloatLogits
+from .parameters import differentiable, frozen, merged_blocks, trained
+from .train import Outcome, Progress, Training
+
+
+def refined_by_model(
+    model: nn.Module,
+    compensation: Compensation,
+    float_model: nn.Module | FloatLogits,
+    data: RefinementData,
+    config: RefinementConfig,
+    progress: Progress,
+    as_loaded: Callable[[nn.Module], nn.Module],
+) -> Outcome:
+    """Minimise the KL divergence from the float model's next-token distributions."""
+    blocks = find_blocks(model, compensation.blocks)
+    with ExitStack() as stack:
+        logits = _float_logits(float_model, data, config, progress, stack)
+        twin = twin_of(model, blocks, as_loaded)
+        stack.enter_context(frozen(twin))
+        modules = [twin.get_submodule(name) for name in blocks.names]
+        tracker = PositionTracker(compensation.positions)
+        for handle in tracker.listen(twin.get_submodule(blocks.owner), modules[0]):
+            stack.callback(handle.remove)
+        checkpointing = config.gradient_checkpointing
+        stack.enter_context(differentiable(modules, dtype_of(twin), checkpointing))
+        sites = stack.enter_context(
+            trained(
+                {name: twin.get_submodule(name) for name in compensation.vectors},
+                compensation,
+                tracker,
+                fixed=merged_blocks(twin, compensation),
+            )
+        )
+
+        def loss(number: int) -> tuple[Tensor, int]:
+            log_q = next_token_log_probabilities(twin, data.batches[number])
+            return logits.divergence(number, log_q) / len(log_q), len(log_q)
+
+        training = Training(sites, loss, data.fitted, data.held_out, config, progress, "model")
+        with tqdm(total=config.steps, desc="Refining") as bar:
+            return training.run(bar)
+
+
+def _float_logits(
+    float_model: nn.Module | FloatLogits,
+    data: RefinementData,
+    config: RefinementConfig,
+    progress: Progress,
+    stack: ExitStack,
+) -> FloatLogits:
+    if isinstance(float_model, FloatLogits):
+        float_model.check(data.batches, config.top_k)
+        return float_model
+    if not isinstance(float_model, nn.Module):
+        raise BiasCompensationError(
+            f"a {type(float_model).__name__} cannot tell what the float model predicts; pass the "
+            "float model, or what bc_plugin.record_float_logits wrote."
+        )
+    if progress.folder is None:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    else:
+        folder = progress.float_logits
+    return FloatLogits.record(float_model, data.batches, folder, config.top_k)

@@ -1,0 +1,107 @@
+"""Settings and data of the refinement of vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..calibration.batches import rebatch, split_held_out
+from ..config import BY, Settings
+from ..errors import BiasCompensationError
+
+
+@dataclass(frozen=True)
+class RefinementConfig(Settings):
+    """Settings of the refinement.
+
+    Args:
+        steps: Steps of the optimizer (Adam); with ``by="block"``, in each block.
+        by: What is compared with the float model: ``"model"`` (next-token distributions) or
+            ``"block"`` (outputs of blocks, least squares, one block in memory at a time).
+        learning_rate: The largest change of a vector's values per step, as a share of their root
+            mean square at the start, or of half that of the error they leave where that is less.
+            Reached after the warm-up; a cosine takes it down to 0.
+        warmup: Share of the steps in which the learning rate rises.
+        batch_tokens: Tokens per forward pass.
+        gradient_accumulation_steps: Forward passes per step.
+        gradient_checkpointing: Compute activations twice, to keep only those between blocks.
+        mixed_precision: ``"bf16"`` trains in bfloat16 where PyTorch's autocast would, several times
+            faster on processors that have it; looks at held-out sequences are exact all the same.
+        held_out: Share of the calibration sequences kept apart, to decide what is kept.
+        evaluate_every: Steps between two looks at the held-out sequences.
+        patience: Looks without an improvement after which training stops.
+        top_k: Of every distribution the float model predicts, so many values are kept, and the
+            rest as one; None for all of them.
+        seed: Of the order of the batches.
+
+    Raises:
+        BiasCompensationError: a value is out of range.
+    """
+
+    what = "refinement"
+
+    steps: int = 64
+    by: Literal["model", "block"] = "model"
+    learning_rate: float = 0.1
+    warmup: float = 0.1
+    batch_tokens: int = 2048
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["no", "bf16"] = "no"
+    held_out: float = 0.125
+    evaluate_every: int = 8
+    patience: int = 4
+    top_k: int | None = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_tokens",
+            "gradient_accumulation_steps",
+            "evaluate_every",
+            "patience",
+        ):
+            self._require_number(name, lambda n: n > 0, "a whole number above 0")
+        self._require(self.by in BY, "by", f"one of {BY}")
+        precisions = ("no", "bf16")
+        self._require(self.mixed_precision in precisions, "mixed_precision", f"one of {precisions}")
+        self._require_bool("gradient_checkpointing")
+        self._require_number("learning_rate", lambda n: n > 0, "above 0", Real)
+        self._require_number("warmup", lambda n: 0 <= n <= 1, "a share from 0 to 1", Real)
+        self._require_number("held_out", lambda n: 0 < n < 1, "a share above 0 and below 1", Real)
+        if self.top_k is not None:
+            self._require_number("top_k", lambda n: n > 0, "a whole number above 0, or None")
+        self._require_number("seed", lambda n: n >= 0, "a whole number from 0 up")
+
+
+class RefinementData:
+    """Calibration sequences in batches, some of them held out.
+
+    Attributes:
+        batches: Those that are trained on, then those held out.
+        fitted, held_out: Their numbers.
+
+    Raises:
+        BiasCompensationError: there are fewer than two sequences, or they are not text.
+    """
+
+    def __init__(self, calibration: Iterable[Any], config: RefinementConfig) -> None:
+        kept, apart = split_held_out(list(calibration), config.held_out)
+        if not apart:
+            raise BiasCompensationError(
+                "refinement needs at least two calibration sequences, one to be held out."
+            )
+        fitted = rebatch(kept, config.batch_tokens)
+        batches = fitted + rebatch(apart, config.batch_tokens)
+        self.batches = [{"input_ids": b} if isinstance(b, Tensor) else b for b in batches]
+        self.fitted = range(len(fitted))
+        self.held_out = range(len(fitted), len(batches))
+        if not all("input_ids" in batch for batch in self.batches):
+            raise BiasCompensationError(
+                "the calibration data has no input_ids; refinement is for language models."
+            )

@@ -1,0 +1,1 @@
+"""What the patches of all toolkits share."""

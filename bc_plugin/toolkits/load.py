@@ -1,0 +1,83 @@
+"""From a checkpoint's files to a compensated model, the same for every loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import BiasCompensationError
+from ..names import KEY, VECTOR
+from ..vectors.checkpoint import checkpoint_files, read_entry, read_vectors
+from ..vectors.compensation import Compensation
+
+
+def read_compensation(
+    entry: Mapping[str, Any] | None, files: Iterable[str | Path]
+) -> Compensation | None:
+    """The compensation that a checkpoint's quantization config announces and its files hold.
+
+    Returns:
+        None for a checkpoint without compensation.
+
+    Raises:
+        BiasCompensationError: only one of the two is there, or they do not fit.
+    """
+    if entry is not None:
+        return Compensation.from_entry(entry, read_vectors(files))
+    # Only safetensors files can be looked into without reading all of them.
+    vectors = read_vectors(file for file in files if str(file).endswith(".safetensors"))
+    if vectors:
+        raise BiasCompensationError(
+            f"the checkpoint holds {len(vectors)} compensation tensors, the first is "
+            f"{next(iter(vectors))}.{VECTOR}, but its quantization config has no {KEY} entry; "
+            "restore the config it was saved with, or load it without bc_plugin.enable()."
+        )
+    return None
+
+
+def load_if_any(folder: str | Path) -> Compensation | None:
+    """The compensation of the checkpoint in ``folder``, None when it has none."""
+    return read_compensation(read_entry(folder), checkpoint_files(folder))
+
+
+def hold_for(model: nn.Module, checkpoint: str | Path) -> None:
+    """Check the compensation of a checkpoint just read, and keep it until ``attach_held``.
+
+    Between the two, kernels are initialised, which may repack the weights the digest is taken of.
+
+    Args:
+        checkpoint: The folder, or a file in it.
+    """
+    path = Path(checkpoint)
+    compensation = load_if_any(path if path.is_dir() else path.parent)
+    if compensation is not None:
+        compensation.check(model)
+        model._compensation_to_attach = compensation
+
+
+def attach_held(model: nn.Module) -> None:
+    """Attach what ``hold_for`` kept, if anything."""
+    if hasattr(model, "_compensation_to_attach"):
+        model._compensation_to_attach.attach_unchecked(model)
+        del model._compensation_to_attach
+
+
+def fit_to(compensation: Compensation, model: nn.Module) -> Compensation:
+    """The same vectors under the names of ``model``, which may be a base model without a head."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    names = {name for name, _ in model.named_modules()}
+    blocks = compensation.blocks
+    if names.issuperset(blocks) or not all(path.startswith(prefix) for path in blocks):
+        return compensation
+    return Compensation(
+        {name.removeprefix(prefix): v for name, v in compensation.vectors.items()},
+        {name.removeprefix(prefix): e for name, e in compensation.errors.items()},
+        compensation.positions,
+        [path.removeprefix(prefix) for path in blocks],
+        compensation.digest,
+        compensation.joint,
+        compensation.refined,
+    )

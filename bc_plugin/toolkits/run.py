@@ -1,0 +1,189 @@
+"""The life of the ``bias_compensation`` flag inside a toolkit, the same for all of them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.stream import prepare_stream
+from ..compensate import compensate
+from ..config import BiasCompensationConfig
+from ..errors import BiasCompensationError
+from ..models.blocks import device_of, find_blocks
+from ..models.calls import call_model, copy_of
+from ..models.float_blocks import BlockSnapshot
+from ..names import KEY
+from ..refine import record_float_logits, refined
+from ..refinement.config import RefinementConfig
+from ..refinement.float_logits import FloatLogits
+from ..shift.rescaling import Rescaling
+from ..vectors.compensation import Compensation
+from .awq import RECORD
+from .joint import JointGPTQ
+
+
+def is_entry(value: Any) -> bool:
+    """Whether ``value`` is what a compensated checkpoint stores, not a request to compensate."""
+    return isinstance(value, Mapping) and "digest" in value
+
+
+def set_flag(config: Any, value: Any) -> None:
+    """Keep the value of the ``bias_compensation`` keyword on a toolkit's config object.
+
+    A request is kept as a plain dict, so that the config can be written as JSON.
+    """
+    if is_entry(value):
+        setattr(config, KEY, dict(value))
+    else:
+        parsed = BiasCompensationConfig.parse(value)
+        if parsed is not None:
+            setattr(config, KEY, parsed.to_dict())
+
+
+def flag_of(config: Any) -> BiasCompensationConfig | None:
+    """The request kept on a toolkit's config object, if there is one."""
+    value = getattr(config, KEY, None)
+    return None if is_entry(value) else BiasCompensationConfig.parse(value)
+
+
+def override_flag(config: Any, kwargs: dict[str, Any]) -> None:
+    """Let the keyword of a toolkit's ``quantize``, where given, replace the config's request."""
+    if KEY in kwargs:
+        vars(config).pop(KEY, None)
+        set_flag(config, kwargs.pop(KEY))
+
+
+# Functions deep inside a toolkit's run find what belongs to it here.
+_running: ContextVar[CompensatedQuantization | None] = ContextVar("running", default=None)
+
+
+class CompensatedQuantization:
+    """Bias compensation around one run of a toolkit's quantization, a context manager.
+
+    Args:
+        model: The float model, about to be overwritten.
+        config: What was asked for.
+    """
+
+    def __init__(self, model: nn.Module, config: BiasCompensationConfig) -> None:
+        self.model, self.config = model, config
+        self.blocks = find_blocks(model, config.blocks)
+        self.calibration: list[dict[str, Any]] | None = None
+        self.float_blocks: BlockSnapshot | None = None
+        self.joint: JointGPTQ | None = None
+        self.rescalings: dict[str, Rescaling] = {}
+        self.refinement: RefinementConfig | None = None
+        if config.refine_steps:
+            self.refinement = RefinementConfig(steps=config.refine_steps, by=config.refine)
+        self.float_logits: FloatLogits | None = None
+
+    def __enter__(self) -> CompensatedQuantization:
+        self._token = _running.set(self)
+        self._scratch = tempfile.TemporaryDirectory()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        _running.reset(self._token)
+        if exception[0] is not None:
+            self._scratch.cleanup()
+        self._leave_model()
+
+    def _leave_model(self) -> None:
+        if self.joint is not None:
+            self.joint.stop()
+        for name in self.rescalings:
+            vars(self.model.get_submodule(name)).pop(RECORD, None)
+
+    def start(self, calibration: Sequence[Mapping[str, Any] | Tensor]) -> None:
+        """Check the calibration data and keep the float weights, before anything is quantized."""
+        self.calibration = [
+            {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+            for batch in calibration
+        ]
+        positions = self._check()
+        if self.refinement is not None and self.refinement.by == "model":
+            self.float_logits = record_float_logits(
+                self.model, self.calibration, self.refinement, folder=self._scratch.name
+            )
+        self.float_blocks = BlockSnapshot(self.model, self.blocks)
+        if self.config.joint and "linear" in self.config.sites:
+            self.joint = JointGPTQ(self.model, self.blocks, positions)
+        for name in self.blocks.names:
+            self.rescalings[name] = Rescaling()
+            setattr(self.model.get_submodule(name), RECORD, self.rescalings[name])
+
+    @torch.no_grad()
+    def _check(self) -> int:
+        """Find out in seconds what would otherwise fail after hours; returns the positions."""
+        _, positions = prepare_stream(self.model, self.blocks, self.calibration, self.config)
+        logits = call_model(self.model, self.calibration[0], device_of(self.model))[0]
+        if not bool(torch.isfinite(logits).all()):
+            raise BiasCompensationError(
+                "the float model's output on the first calibration sequence is not finite (type "
+                f"{logits.dtype}); load it in bfloat16 or float32 before quantizing."
+            )
+        return positions
+
+    def finish(
+        self, quantized: nn.Module, as_loaded: Callable[[nn.Module], nn.Module] = copy_of
+    ) -> Compensation:
+        """Compute the compensation and attach it.
+
+        Args:
+            as_loaded: Makes of a block a copy that computes what the block will compute once it
+                was saved and loaded.
+        """
+        if self.calibration is None or self.float_blocks is None:
+            raise BiasCompensationError(
+                "the toolkit quantized the model without preparing calibration data; bias "
+                "compensation needs it. Compensate afterwards with bc_plugin.compensate."
+            )
+        self._leave_model()
+        compensation = compensate(
+            quantized,
+            self.float_blocks,
+            self.calibration,
+            self.config,
+            rescalings=self.rescalings,
+            as_loaded=as_loaded,
+        )
+        compensation.joint = self.joint is not None and self.joint.quantized > 0
+        with self._scratch:
+            if self.refinement is not None:
+                compensation = refined(
+                    quantized,
+                    compensation,
+                    self.float_logits or self.float_blocks,
+                    self.calibration,
+                    self.refinement,
+                    as_loaded=as_loaded,
+                )
+        compensation.attach(quantized)
+        return compensation
+
+
+def is_running() -> bool:
+    """Whether a toolkit is quantizing with the option."""
+    return _running.get() is not None
+
+
+def calibration_is_ready(wrapped, instance, args, kwargs):
+    """Wrapper for the function that prepares a toolkit's calibration data: a run starts with it."""
+    batches = wrapped(*args, **kwargs)
+    run = _running.get()
+    if run is not None and run.calibration is None:
+        run.start(batches)
+    return batches
+
+
+def config_to_dict(wrapped, config, args, kwargs):
+    """Wrapper for the ``to_dict`` of a config that lists its own fields only."""
+    settings = wrapped(*args, **kwargs)
+    if hasattr(config, KEY):
+        settings[KEY] = getattr(config, KEY)
+    return settings

@@ -1,0 +1,5 @@
+"""Compensation vectors: what they are, where they are kept, how they are put in place."""
+
+from .compensation import Compensation, SiteErrors
+
+__all__ = ["Compensation", "SiteErrors"]
