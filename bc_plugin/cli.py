@@ -79,7 +79,8 @@ def _tokenizer(folder: str) -> Any:
 def _calibration(
     dataset: str, tokenizer: Any, length: int, samples: int, float_model: Callable[[], Any]
 ) -> list[dict[str, Any]]:
-    from .calibration.batches import read_text, sample_from, windows
+    from .calibration.sample import sample_from
+    from .calibration.text import read_text, windows
 
     if dataset == "self":
         return sample_from(float_model(), tokenizer, length, samples)
@@ -287,7 +288,7 @@ def evaluate(
     """
     from . import Compensation, enable
     from . import evaluate as run
-    from .calibration.batches import read_text, windows
+    from .calibration.text import read_text, windows
 
     # Toolkits print to the standard output, which is for the result.
     with contextlib.redirect_stdout(sys.stderr):
@@ -330,7 +331,7 @@ def inspect(
 
 def _print_sites(folder: Path, by_group: bool) -> None:
     from . import Compensation
-    from .names import collapse
+    from .vectors.short_names import collapse
 
     compensation = Compensation.load(folder)
     rows = {row["site"]: row for row in compensation.describe()}

@@ -16,32 +16,20 @@ from .calibration.batches import calibration_batches
 from .calibration.stream import prepare_stream
 from .config import BiasCompensationConfig
 from .errors import BiasCompensationError
-from .models.blocks import (
-    device_of,
-    dtype_of,
-    find_block_lists,
-    find_blocks,
-    linear_sites,
-    others_changed,
-    sites_outside,
-)
-from .models.calls import BlockCalls, copy_of
+from .models.blocks import find_block_lists, find_blocks
+from .models.calls import BlockCalls
 from .models.float_blocks import BlockSnapshot, LiveBlocks
+from .models.modules import copy_of, device_of, dtype_of
 from .models.positions import PositionTracker
-from .names import VECTOR
+from .names import KEY
 from .shift.outside import measure_outside
 from .shift.rescaling import Rescaling
-from .shift.site import Site
+from .shift.sites import RESCALED, linear_sites, others_changed, sites_outside
+from .shift.statistics import Site
 from .vectors.attach import AttachedSite
 from .vectors.check import weights_digest, weights_of
-from .vectors.compensation import Compensation, SiteErrors
-
-RESCALED = (
-    "the quantized model's norms are not the float model's: scales were moved within its blocks, "
-    "as AWQ does, or it was trained on, so outputs of single linears may stand for others. Only "
-    "outputs of blocks were compensated. Quantize with bias_compensation=True in the toolkit, or "
-    "pass the trained model before it was rounded, to compensate linears, too."
-)
+from .vectors.compensation import Compensation
+from .vectors.entry import SiteErrors
 
 
 def compensate(
@@ -51,7 +39,7 @@ def compensate(
     config: BiasCompensationConfig | dict | bool = True,
     *,
     rescalings: Mapping[str, Rescaling] | None = None,
-    as_loaded: Callable[[nn.Module], nn.Module] = copy_of,
+    copy_to_run: Callable[[nn.Module], nn.Module] = copy_of,
 ) -> Compensation:
     """Compute the vectors that take the mean shift out of a quantized model.
 
@@ -73,7 +61,7 @@ def compensate(
         config: Settings, as in a toolkit's ``bias_compensation`` keyword.
         rescalings: For blocks of the quantized model, the scales that AWQ moved within them.
             Without that record only the blocks' outputs of such a model are compensated.
-        as_loaded: Makes of a quantized block the copy that is run.
+        copy_to_run: Makes of a quantized block the copy that is run.
 
     Returns:
         The vectors and the error of each site before and after.
@@ -84,7 +72,7 @@ def compensate(
             as in windowed or cross-attention; an output is not finite.
     """
     config = BiasCompensationConfig.parse(config) or BiasCompensationConfig()
-    if any(VECTOR in module._buffers for module in quantized_model.modules()):
+    if any(KEY in module._buffers for module in quantized_model.modules()):
         raise BiasCompensationError(
             "the quantized model is compensated already; detach its compensation first."
         )
@@ -96,7 +84,7 @@ def compensate(
             for model in models:
                 model.eval()
             work = _Pass(
-                quantized_model, float_model, calibration, config, rescalings or {}, as_loaded
+                quantized_model, float_model, calibration, config, rescalings or {}, copy_to_run
             )
             compensation = work.run()
         finally:
@@ -114,11 +102,11 @@ class _Pass:
         calibration: Iterable[Any],
         config: BiasCompensationConfig,
         rescalings: Mapping[str, Rescaling],
-        as_loaded: Callable[[nn.Module], nn.Module],
+        copy_to_run: Callable[[nn.Module], nn.Module],
     ) -> None:
         self.model, self.float_model, self.config = model, float_model, config
         self.calibration = list(calibration)
-        self.rescalings, self.as_loaded = rescalings, as_loaded
+        self.rescalings, self.copy_to_run = rescalings, copy_to_run
         self.live = isinstance(float_model, nn.Module)
         self.lists = (
             find_block_lists(model, config.blocks)
@@ -155,9 +143,9 @@ class _Pass:
                 self.config,
             )
             self.tracker = PositionTracker(self.positions)
-            for position, name in enumerate(tqdm(blocks.names, desc="Compensating blocks")):
+            for number, name in enumerate(tqdm(blocks.names, desc="Compensating blocks")):
                 try:
-                    self._compensate_block(position, name)
+                    self._compensate_block(number, name)
                 finally:
                     while self.attached:
                         self.attached.pop().detach()
@@ -184,7 +172,7 @@ class _Pass:
         fitted, apart = calibration_batches(self.calibration, self.config)
         sites = measure_outside(
             self.float_model,
-            {name: self.as_loaded(self.model.get_submodule(name)) for name in kinds},
+            {name: self.copy_to_run(self.model.get_submodule(name)) for name in kinds},
             kinds,
             fitted,
             apart,
@@ -198,16 +186,16 @@ class _Pass:
             else:
                 tqdm.write(f"{name}: left out, the calibration data never reaches it")
 
-    def _compensate_block(self, position: int, name: str) -> None:
-        quantized = self.as_loaded(self.model.get_submodule(name))
+    def _compensate_block(self, number: int, name: str) -> None:
+        quantized = self.copy_to_run(self.model.get_submodule(name))
         device = device_of(quantized)
         with self.source.load(name, device) as reference:
             changed = linear_sites(reference, quantized)
             linears = self._comparable(name, changed, reference, quantized)
             self.changed |= bool(changed)
-            outputs = self._run_float(position, name, reference, quantized, linears, device)
+            outputs = self._run_float(number, name, reference, quantized, linears, device)
         if "block" in self.config.sites and changed:
-            self._run_quantized(position, name, quantized, outputs)
+            self._run_quantized(number, name, quantized, outputs)
         for batch, output in zip(self.stream, outputs, strict=True):
             batch.hidden = output
 
@@ -225,7 +213,7 @@ class _Pass:
 
     def _run_float(
         self,
-        position: int,
+        number: int,
         name: str,
         reference: nn.Module,
         quantized: nn.Module,
@@ -253,7 +241,7 @@ class _Pass:
                 handle = reference.get_submodule(linear).register_forward_hook(measure(linear))
                 hooks.callback(handle.remove)
             for current in self.stream:
-                outputs.append(current.run(reference, position, device, dtype))
+                outputs.append(current.run(reference, number, device, dtype))
                 self._check_finite(outputs[-1], name, "float")
         for linear, site in sites.items():
             vectors = self._settle(site)
@@ -263,13 +251,13 @@ class _Pass:
         return outputs
 
     def _run_quantized(
-        self, position: int, name: str, quantized: nn.Module, references: list[Tensor]
+        self, number: int, name: str, quantized: nn.Module, references: list[Tensor]
     ) -> None:
         """Run the quantized block, with its linears compensated, on the float stream."""
         site = Site(name, "block", self.positions)
         for batch, reference in zip(self.stream, references, strict=True):
             self.tracker.observe(batch.index)
-            output = batch.run(quantized, position, reference.device, self.dtype)
+            output = batch.run(quantized, number, reference.device, self.dtype)
             self._check_finite(output, name, "quantized")
             site.update(batch, reference, output)
         self._settle(site)
@@ -287,13 +275,13 @@ class _Pass:
             raise BiasCompensationError(
                 f"{name}: the mean shift is not finite. Look for overflow in this module."
             )
-        has_held_out = site.held_out.total is not None
+        has_held_out = site.apart.total is not None
         errors = SiteErrors(
             kind=site.kind,
             before=site.fitted.error(),
             after=site.fitted.error(vectors),
-            held_out_before=site.held_out.error() if has_held_out else None,
-            held_out_after=site.held_out.error(vectors) if has_held_out else None,
+            held_out_before=site.apart.error() if has_held_out else None,
+            held_out_after=site.apart.error(vectors) if has_held_out else None,
         )
         worse = has_held_out and errors.held_out_after > errors.held_out_before
         if self.config.keep_only_if_better and worse:

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from .errors import BiasCompensationError
-from .models.blocks import device_of, dtype_of
-from .models.calls import copy_of
 from .models.float_blocks import BlockSnapshot
-from .refinement.by_block import refined_by_block
-from .refinement.by_model import refined_by_model
-from .refinement.config import RefinementConfig, RefinementData
+from .models.modules import copy_of, device_of, dtype_of
+from .refinement.by_block import train_by_block
+from .refinement.by_model import train_by_model
+from .refinement.config import RefinementConfig
+from .refinement.data import RefinementData
 from .refinement.float_logits import FloatLogits
-from .refinement.train import Outcome, Progress, checksum
+from .refinement.progress import Progress, checksum
+from .refinement.train import Outcome
 from .vectors.compensation import Compensation
 
 
@@ -57,7 +58,7 @@ def refine(
     compensation.detach(model)
     result = compensation
     try:
-        result = refined(model, compensation, float_model, calibration, config, folder=folder)
+        result = train_vectors(model, compensation, float_model, calibration, config, folder=folder)
     finally:
         result.attach_unchecked(model)
     return result
@@ -81,7 +82,7 @@ def record_float_logits(
     )
 
 
-def refined(
+def train_vectors(
     model: nn.Module,
     compensation: Compensation,
     float_model: nn.Module | FloatLogits | BlockSnapshot,
@@ -89,16 +90,16 @@ def refined(
     config: RefinementConfig | None = None,
     *,
     folder: str | Path | None = None,
-    as_loaded: Callable[[nn.Module], nn.Module] = copy_of,
+    copy_to_run: Callable[[nn.Module], nn.Module] = copy_of,
 ) -> Compensation:
     """``refine`` for a model whose compensation is not attached, and stays so.
 
     Args:
-        as_loaded: Makes of a quantized block the copy that is run.
+        copy_to_run: Makes of a quantized block the copy that is run.
     """
     config = config or RefinementConfig()
     if not compensation.vectors:
-        raise BiasCompensationError("the compensation has no vectors that could be refined.")
+        raise BiasCompensationError("the compensation has no vectors that could be train_vectors.")
     if any(errors.kind == "convolution" for errors in compensation.errors.values()):
         raise BiasCompensationError(
             "refinement is for language models; this compensation has vectors of convolutions."
@@ -119,9 +120,9 @@ def refined(
             "tokens": checksum(batch["input_ids"] for batch in data.batches),
         },
     )
-    by = {"model": refined_by_model, "block": refined_by_block}[config.by]
+    by = {"model": train_by_model, "block": train_by_block}[config.by]
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        outcome = by(model, compensation, float_model, data, config, progress, as_loaded)
+        outcome = by(model, compensation, float_model, data, config, progress, copy_to_run)
     progress.delete()
     return _with_vectors(compensation, outcome, config)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bc_plugin.calibration.batches import windows
+from bc_plugin.calibration.text import windows
 
 CACHE = Path(os.environ.get("BC_PLUGIN_CACHE", Path(__file__).parent.parent / ".cache"))
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -18,7 +18,7 @@ from tiny import logits, sequences, tiny_checkpoint
 import bc_plugin
 from bc_plugin import Compensation
 from bc_plugin.names import SUFFIX
-from bc_plugin.refinement.parameters import dequantized
+from bc_plugin.refinement.gradients import weight_through as dequantized
 
 FLAG = {"positions": 1, "held_out": 0.25}
 GROUP_SIZE = 32

@@ -17,10 +17,10 @@ from toolkits import TOOLKITS, model_of
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation
 from bc_plugin.enable import _toolkits
-from bc_plugin.models.blocks import dtype_of
-from bc_plugin.models.calls import copy_of
+from bc_plugin.models.modules import copy_of, dtype_of
 from bc_plugin.names import SUFFIX
-from bc_plugin.refinement.parameters import dequantized, differentiable
+from bc_plugin.refinement.gradients import differentiable
+from bc_plugin.refinement.gradients import weight_through as dequantized
 from bc_plugin.toolkits.patch import Applied
 
 FLAG = {"positions": 1, "held_out": 0.25}

@@ -9,18 +9,11 @@ from pathlib import Path
 
 from bc_plugin.errors import BiasCompensationError
 from bc_plugin.names import KEY
+from bc_plugin.toolkits.flag import config_to_dict, flag_of, override_flag, set_flag
 from bc_plugin.toolkits.joint import centred_inputs, weight_of
 from bc_plugin.toolkits.load import read_compensation
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
-from bc_plugin.toolkits.run import (
-    CompensatedQuantization,
-    calibration_is_ready,
-    config_to_dict,
-    flag_of,
-    is_running,
-    override_flag,
-    set_flag,
-)
+from bc_plugin.toolkits.run import CompensatedQuantization, calibration_is_ready, is_running
 from bc_plugin.vectors.checkpoint import read_settings
 
 # The files of the checkpoint that from_quantized is reading.

@@ -9,9 +9,10 @@ from bc_plugin.config import BiasCompensationConfig
 from bc_plugin.errors import BiasCompensationError
 from bc_plugin.names import KEY
 from bc_plugin.toolkits.awq import scales_are_applied
+from bc_plugin.toolkits.flag import is_entry, set_flag
 from bc_plugin.toolkits.load import hold_for
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
-from bc_plugin.toolkits.run import CompensatedQuantization, calibration_is_ready, is_entry, set_flag
+from bc_plugin.toolkits.run import CompensatedQuantization, calibration_is_ready
 
 # Quantizing
 

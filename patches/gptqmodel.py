@@ -7,21 +7,14 @@ from __future__ import annotations
 
 from bc_plugin.config import BiasCompensationConfig
 from bc_plugin.errors import BiasCompensationError
-from bc_plugin.models.calls import copy_of
+from bc_plugin.models.modules import copy_of
 from bc_plugin.names import KEY
 from bc_plugin.toolkits.awq import scales_are_applied
+from bc_plugin.toolkits.flag import config_to_dict, flag_of, is_entry, override_flag, set_flag
 from bc_plugin.toolkits.joint import centred_inputs, weight_of
 from bc_plugin.toolkits.load import attach_held, hold_for, load_if_any
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
-from bc_plugin.toolkits.run import (
-    CompensatedQuantization,
-    calibration_is_ready,
-    config_to_dict,
-    flag_of,
-    is_entry,
-    override_flag,
-    set_flag,
-)
+from bc_plugin.toolkits.run import CompensatedQuantization, calibration_is_ready
 from bc_plugin.toolkits.save import plain_vectors, put_vectors, take_vectors
 from bc_plugin.vectors.checkpoint import read_settings
 from bc_plugin.vectors.compensation import Compensation
@@ -100,11 +93,11 @@ def _quantize(wrapped, qmodel, args, kwargs):
         )
     with CompensatedQuantization(qmodel.model, config) as run:
         result = wrapped(*args, **kwargs)
-    set_flag(settings, run.finish(qmodel.model, lambda block: _as_loaded(block, qmodel)).entry())
+    set_flag(settings, run.finish(qmodel.model, lambda block: _copy_to_run(block, qmodel)).entry())
     return result
 
 
-def _as_loaded(block, qmodel):
+def _copy_to_run(block, qmodel):
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format
 
     settings, block = qmodel.quantize_config, copy_of(block)

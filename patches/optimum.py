@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from bc_plugin.names import KEY
+from bc_plugin.toolkits.flag import flag_of, is_entry, set_flag
 from bc_plugin.toolkits.load import attach_held, hold_for
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
-from bc_plugin.toolkits.run import (
-    CompensatedQuantization,
-    calibration_is_ready,
-    flag_of,
-    is_entry,
-    set_flag,
-)
+from bc_plugin.toolkits.run import CompensatedQuantization, calibration_is_ready
 
 
 def _init(wrapped, quantizer, args, kwargs):

@@ -6,9 +6,9 @@ from contextvars import ContextVar
 
 from bc_plugin.errors import BiasCompensationError
 from bc_plugin.names import KEY
+from bc_plugin.toolkits.flag import config_to_dict, flag_of, set_flag
 from bc_plugin.toolkits.load import fit_to, read_compensation
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
-from bc_plugin.toolkits.run import config_to_dict, flag_of, set_flag
 
 # The files of the checkpoint that from_pretrained is about to read.
 _files: ContextVar[tuple[str, ...]] = ContextVar("files", default=())

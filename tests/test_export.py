@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation
-from bc_plugin.export import make_plan
+from bc_plugin.engines.plan import make_plan
 from bc_plugin.models.architectures import ARCHITECTURES, ENGINES
 from bc_plugin.models.blocks import find_blocks
 

@@ -12,7 +12,7 @@ from bc_plugin import BiasCompensationError, Compensation, FloatLogits, Refineme
 from bc_plugin.models.blocks import find_blocks
 from bc_plugin.models.positions import PositionTracker
 from bc_plugin.models.predictions import next_token_log_probabilities
-from bc_plugin.refinement.config import RefinementData
+from bc_plugin.refinement.data import RefinementData
 from bc_plugin.refinement.parameters import merged_blocks, trained
 from bc_plugin.refinement.train import Training, learning_rate_factor
 from bc_plugin.vectors.check import weights_digest
@@ -43,7 +43,7 @@ def refine(quantized, model, folder=None, **settings):
 
 def held_out(config=None):
     data = RefinementData(CALIBRATION, config or RefinementConfig(**SETTINGS))
-    return [data.batches[number] for number in data.held_out]
+    return [data.batches[number] for number in data.apart]
 
 
 def logits(model):

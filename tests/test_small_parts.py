@@ -11,16 +11,11 @@ from torch import nn
 
 import bc_plugin
 from bc_plugin import BiasCompensationConfig, BiasCompensationError
-from bc_plugin.calibration.batches import (
-    read_text,
-    rebatch,
-    sample_from,
-    split_held_out,
-    spread,
-    windows,
-)
+from bc_plugin.calibration.batches import rebatch, split_held_out, spread
+from bc_plugin.calibration.sample import sample_from
+from bc_plugin.calibration.text import read_text, windows
 from bc_plugin.models.blocks import find_blocks
-from bc_plugin.names import collapse, expand
+from bc_plugin.vectors.short_names import collapse, expand
 
 # Config
 

@@ -1,124 +1,17 @@
-"""Calibration data: from text to batches of model inputs."""
+"""Calibration data as batches of model inputs, some of them held out."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
-from ..models.blocks import device_of
 from ..models.calls import Batch
-
-NAMED = {
-    # The data sets GPTQ toolkits know by name; (repository, configuration, split, column).
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
-    "c4": ("allenai/c4", "en", "train", "text"),
-}
-
-
-def read_text(source: str) -> str:
-    """The text of a data set: a ``.txt`` or ``.jsonl`` file (field "text"), or a name.
-
-    Raises:
-        BiasCompensationError: there is neither such a file nor such a name.
-    """
-    path = Path(source)
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            return "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line)
-        return text
-    if source not in NAMED:
-        raise BiasCompensationError(
-            f"dataset {source!r} is neither a file nor one of {sorted(NAMED)}; "
-            "pass the path of a .txt or .jsonl file. (Calibration data, though not what a model is "
-            'evaluated on, may also be "self".)'
-        )
-    from datasets import load_dataset
-
-    repository, name, split, column = NAMED[source]
-    rows = load_dataset(repository, name, split=split, streaming=True)
-    return "\n\n".join(row[column] for row in rows.take(20_000))
-
-
-def windows(
-    text: str, tokenizer: Any, length: int, count: int | None = None, skip: int = 0
-) -> list[dict[str, Tensor]]:
-    """Cut ``text`` into consecutive windows of ``length`` tokens.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        count: At most so many windows; None for all.
-        skip: Windows to leave out at the start.
-
-    Returns:
-        One ``{"input_ids", "attention_mask"}`` per window, each int64 of shape (1, length).
-
-    Raises:
-        BiasCompensationError: the text is shorter than one window.
-    """
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-    rows = ids[: len(ids) // length * length].view(-1, 1, length)[skip:][:count]
-    if len(rows) == 0:
-        raise BiasCompensationError(
-            f"the text has {len(ids)} tokens; {skip} windows to skip and one to keep need "
-            f"{(skip + 1) * length}. Use a longer text or shorter windows."
-        )
-    return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
-
-
-@torch.no_grad()
-def sample_from(
-    model: Any, tokenizer: Any, length: int, count: int, seed: int = 0, batch: int = 32
-) -> list[dict[str, Tensor]]:
-    """Calibration sequences without a data set: what the float model itself writes.
-
-    The first token is any token, the others follow the model's own distribution, after the data
-    generation of Liu et al. (LLM-QAT, arXiv 2305.17888).
-
-    Args:
-        model: A transformers causal language model.
-        tokenizer: Its tokenizer; tells which tokens do not start a text.
-        batch: Sequences written at a time.
-
-    Returns:
-        As ``windows``, on the CPU.
-    """
-    usable = torch.ones(model.config.vocab_size, dtype=torch.bool)
-    usable[list(tokenizer.all_special_ids)] = False
-    generator = torch.Generator().manual_seed(seed)
-    choices = usable.nonzero().squeeze(1)
-    first = choices[torch.randint(len(choices), (count, 1), generator=generator)]
-    rows = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for ids in tqdm(first.split(batch), desc="Sampling calibration data", leave=False):
-            ids = ids.to(device_of(model))
-            rows.append(
-                model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    max_new_tokens=length - 1,
-                    min_new_tokens=length - 1,  # no end of text before that
-                    pad_token_id=0,
-                ).cpu()
-            )
-    return [
-        {"input_ids": row, "attention_mask": torch.ones_like(row)}
-        for row in torch.cat(rows).split(1)
-    ]
 
 
 def _as_mapping(item: Any, number: int) -> dict[str, Any]:

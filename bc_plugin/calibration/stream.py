@@ -9,8 +9,9 @@ from torch import nn
 
 from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
-from ..models.blocks import Blocks, device_of
+from ..models.blocks import Blocks
 from ..models.calls import BlockCalls, record_calls
+from ..models.modules import device_of
 from .batches import calibration_batches
 
 
@@ -41,6 +42,6 @@ def prepare_stream(
         )
     if apart:
         for calls in record_calls(model, blocks, apart, device):
-            calls.held_out = True
+            calls.apart = True
             stream.append(calls)
     return stream, longest if config.positions == "all" else config.positions

@@ -47,7 +47,7 @@ class Architecture:
         return _linears(self.flags)
 
 
-def _architecture(
+def _known(
     flags: Mapping[str, tuple[str, ...]],
     last: str | None,
     factor: Callable[[Mapping[str, Any]], float | None] = _plain,
@@ -78,28 +78,26 @@ _NEOX_ATTENTION = ("attention.query_key_value", "attention.dense")
 _BLOOM = ("self_attention.query_key_value", "self_attention.dense", *_NEOX_MLP)
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _architecture(
+    "llama": _known(
         _LLAMA, "mlp.down_proj", vllm=(*_QKVO, *_MLP), **{"llama.cpp": (*_QKVO, *_MLP)}
     ),
-    "granite": _architecture(_LLAMA, "mlp.down_proj", _granite_factor, vllm=(*_QKVO, *_MLP)),
-    "smollm3": _architecture(_LLAMA, "mlp.down_proj"),
-    "starcoder2": _architecture({"use_bias": _STARCODER}, "mlp.c_proj"),
-    "falcon": _architecture({"bias": _BLOOM}, "mlp.dense_4h_to_h", vllm=_BLOOM),
-    "opt": _architecture({"enable_bias": _OPT}, "fc2", _opt_factor, vllm=_OPT),
-    "bloom": _architecture({ALWAYS: _BLOOM}, "mlp.dense_4h_to_h", vllm=_BLOOM),
-    "gpt2": _architecture({ALWAYS: _GPT2}, "mlp.c_proj", vllm=_GPT2),
-    "phi": _architecture({ALWAYS: _PHI}, "mlp.fc2"),
-    "gpt_neox": _architecture(
-        {"attention_bias": _NEOX_ATTENTION, ALWAYS: _NEOX_MLP}, "mlp.dense_4h_to_h"
-    ),
-    "qwen2": _architecture({ALWAYS: _QKV}, None, vllm=_QKV),
-    "qwen3": _architecture({"attention_bias": _QKVO}, None, vllm=_QKV),
-    "gemma": _architecture({"attention_bias": _QKVO}, None, vllm=()),
-    "gemma3_text": _architecture({"attention_bias": _QKVO}, None, vllm=_QKVO),
-    "olmo": _architecture({"attention_bias": _QKVO}, None),
-    "cohere": _architecture({"attention_bias": _QKVO}, "self_attn.o_proj", vllm=()),
-    "stablelm": _architecture({"use_qkv_bias": _QKV}, None, vllm=_QKV),
-    "mistral": _architecture({}, None, vllm=()),
-    "mixtral": _architecture({}, None, vllm=()),
-    "phi3": _architecture({}, None, vllm=()),
+    "granite": _known(_LLAMA, "mlp.down_proj", _granite_factor, vllm=(*_QKVO, *_MLP)),
+    "smollm3": _known(_LLAMA, "mlp.down_proj"),
+    "starcoder2": _known({"use_bias": _STARCODER}, "mlp.c_proj"),
+    "falcon": _known({"bias": _BLOOM}, "mlp.dense_4h_to_h", vllm=_BLOOM),
+    "opt": _known({"enable_bias": _OPT}, "fc2", _opt_factor, vllm=_OPT),
+    "bloom": _known({ALWAYS: _BLOOM}, "mlp.dense_4h_to_h", vllm=_BLOOM),
+    "gpt2": _known({ALWAYS: _GPT2}, "mlp.c_proj", vllm=_GPT2),
+    "phi": _known({ALWAYS: _PHI}, "mlp.fc2"),
+    "gpt_neox": _known({"attention_bias": _NEOX_ATTENTION, ALWAYS: _NEOX_MLP}, "mlp.dense_4h_to_h"),
+    "qwen2": _known({ALWAYS: _QKV}, None, vllm=_QKV),
+    "qwen3": _known({"attention_bias": _QKVO}, None, vllm=_QKV),
+    "gemma": _known({"attention_bias": _QKVO}, None, vllm=()),
+    "gemma3_text": _known({"attention_bias": _QKVO}, None, vllm=_QKVO),
+    "olmo": _known({"attention_bias": _QKVO}, None),
+    "cohere": _known({"attention_bias": _QKVO}, "self_attn.o_proj", vllm=()),
+    "stablelm": _known({"use_qkv_bias": _QKV}, None, vllm=_QKV),
+    "mistral": _known({}, None, vllm=()),
+    "mixtral": _known({}, None, vllm=()),
+    "phi3": _known({}, None, vllm=()),
 }

@@ -1,31 +1,15 @@
-"""Where a model's blocks and quantized linears and convolutions are."""
+"""Where a model's blocks are."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from ..errors import BiasCompensationError
-
-
-def stored_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers, by name.
-
-    Not through ``state_dict``: some kernels (bitsandbytes) repack their weights back for it, in
-    place, and lose precision on the way.
-    """
-    for path, child in module.named_modules():
-        prefix = f"{path}." if path else ""
-        for name, parameter in child._parameters.items():
-            if parameter is not None:
-                yield prefix + name, parameter
-        for name, buffer in child._buffers.items():
-            if buffer is not None and name not in child._non_persistent_buffers_set:
-                yield prefix + name, buffer
+from .modules import stored_tensors
 
 
 @dataclass(frozen=True)
@@ -146,97 +130,3 @@ def _within_stages(model: nn.Module, path: str, lists: list[str]) -> list[str]:
     first = [model.get_submodule(name)[0] for name in found]
     widths = {tuple(tensor.shape for _, tensor in stored_tensors(block)) for block in first}
     return found if len(widths) == len(found) > 1 else []
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # transformers' Conv1D (GPT-2) is a linear with the weight transposed.
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def linears_of(block: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The linears of a float block, with their paths within it."""
-    return [(name, module) for name, module in block.named_modules() if _is_linear(module)]
-
-
-def linear_sites(float_block: nn.Module, quantized_block: nn.Module) -> list[str]:
-    """Paths, within the block, of the linears that quantization changed.
-
-    Raises:
-        BiasCompensationError: a linear of the float block is missing in the quantized one.
-    """
-    return [n for n, linear in linears_of(float_block) if _changed(n, linear, quantized_block)]
-
-
-def sites_outside(
-    float_model: nn.Module, quantized_model: nn.Module, lists: Sequence[Blocks]
-) -> dict[str, str]:
-    """Sites outside of the blocks that quantization changed, and the kind of each.
-
-    These are 2D convolutions, such as a patch embedding, and the linears between one list of blocks
-    and the next (Swin's patch merging). Other linears, such as heads, are none; nor are
-    convolutions within blocks, whose shift the block's own vectors take out.
-
-    Raises:
-        BiasCompensationError: one of the float model is missing in the quantized one.
-    """
-    blocks = tuple(f"{found.path}." for found in lists)
-    stages = tuple(f"{found.owner}." for found in lists) if len(lists) > 1 else ()
-    kinds = {}
-    for name, module in float_model.named_modules():
-        convolution = isinstance(module, nn.Conv2d)
-        if name.startswith(blocks) or not (
-            convolution or (_is_linear(module) and name.startswith(stages))
-        ):
-            continue
-        if _changed(name, module, quantized_model):
-            kinds[name] = "convolution" if convolution else "linear"
-    return kinds
-
-
-def _changed(name: str, module: nn.Module, quantized: nn.Module) -> bool:
-    try:
-        other = quantized.get_submodule(name)
-    except AttributeError as error:
-        raise BiasCompensationError(
-            f"the float model has a {type(module).__name__} {name!r} where the quantized model has "
-            "none; compensation needs two models with the same modules' names."
-        ) from error
-    # compressed-tensors keeps the class, but no weight until the linear is first run.
-    weight = getattr(other, "weight", None)
-    return type(other) is not type(module) or weight is None or not _same(module.weight, weight)
-
-
-def others_changed(float_block: nn.Module, quantized_block: nn.Module) -> bool:
-    """Whether anything but linears differs by more than the rounding of half precision."""
-    linears = tuple(f"{name}." for name, _ in linears_of(float_block))
-    kept = dict(quantized_block.named_parameters()) | dict(quantized_block.named_buffers())
-    for name, tensor in float_block.named_parameters():
-        if name.startswith(linears) or tensor.is_meta:
-            continue
-        other = kept.get(name)
-        if other is None or other.shape != tensor.shape:
-            return True
-        apart = (other.detach().to(tensor) - tensor.detach()).abs().max()
-        if apart > 0.01 * tensor.detach().abs().max():
-            return True
-    return False
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.is_meta or b.is_meta or a.shape != b.shape:  # meta: offloaded, so not to be compared
-        return False
-    return torch.equal(a.detach(), b.detach().to(a.device, a.dtype))
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The type ``model`` computes in: that of its first floating parameter."""
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where ``module`` computes, also when accelerate keeps its weights elsewhere."""
-    for child in module.modules():
-        execution = getattr(getattr(child, "_hf_hook", None), "execution_device", None)
-        if execution is not None:
-            return torch.device(execution)
-    return next(stored_tensors(module))[1].device

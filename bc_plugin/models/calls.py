@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import BiasCompensationError
 from .blocks import Blocks
+from .modules import copy_of
 from .positions import call_arguments, context_index, plain_index, token_index
 
 Batch = Mapping[str, Any] | Tensor
@@ -31,19 +31,19 @@ class BlockCalls:
         hidden: Input of the block about to run, (batch, length, features).
         index: int64 (batch, length), each token's index in its sequence, -1 for padding.
         calls: For every block, the other arguments it is called with.
-        held_out: Whether the batch is kept apart for measuring.
+        apart: Whether the batch is kept apart for measuring.
         context: The index of the tokens that the blocks attend to beside their own, if any.
     """
 
     hidden: Tensor
     index: Tensor
     calls: list[tuple[tuple, dict[str, Any]]] = field(default_factory=list)
-    held_out: bool = False
+    apart: bool = False
     context: Tensor | None = None
 
-    def run(self, block: nn.Module, position: int, device: torch.device, dtype: torch.dtype | None):
-        """Output of ``block``, the one at ``position``, for the current hidden states."""
-        args, kwargs = _move(self.calls[position], device, dtype)
+    def run(self, block: nn.Module, number: int, device: torch.device, dtype: torch.dtype | None):
+        """Output of ``block``, the one at ``number``, for the current hidden states."""
+        args, kwargs = _move(self.calls[number], device, dtype)
         output = block(_move(self.hidden, device, dtype), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
@@ -66,31 +66,14 @@ def call_model(model: nn.Module, batch: Batch, device: torch.device) -> Any:
     return model(**inputs)
 
 
-def copy_of(block: nn.Module) -> nn.Module:
-    """A copy to run: some kernels repack their weights when first run, for good, and the model
-    could not be saved afterwards. A block that accelerate moves about is returned itself."""
-    if any(hasattr(module, "_hf_hook") for module in block.modules()):
-        return block
-    # Tensors that wrap others (optimum-quanto's) cannot be copied; nothing repacks them either.
-    shared = {id(t): t for t in block.parameters() if is_traceable_wrapper_subclass(t)}
-    twin = copy.deepcopy(block, shared)
-    for module in twin.modules():
-        # What compressed-tensors does to the whole model, for good, when that is first run.
-        if getattr(module, "quantization_status", None) == "compressed":
-            from compressed_tensors.compressors.base import decompress_module
-
-            decompress_module(module)
-    return twin
-
-
 def twin_of(
-    model: nn.Module, blocks: Blocks, as_loaded: Callable[[nn.Module], nn.Module] = copy_of
+    model: nn.Module, blocks: Blocks, copy_to_run: Callable[[nn.Module], nn.Module] = copy_of
 ) -> nn.Module:
-    """A copy of a whole model to run, with each block as ``as_loaded`` gives it."""
+    """A copy of a whole model to run, with each block as ``copy_to_run`` gives it."""
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return model
     modules = [model.get_submodule(name) for name in blocks.names]
-    return copy.deepcopy(model, {id(module): as_loaded(module) for module in modules})
+    return copy.deepcopy(model, {id(module): copy_to_run(module) for module in modules})
 
 
 @contextmanager
@@ -98,8 +81,8 @@ def _replaced_blocks(model: nn.Module, blocks: Blocks, forward) -> Iterator[None
     modules = [model.get_submodule(name) for name in blocks.names]
     before = [vars(module).get("forward") for module in modules]
     try:
-        for position, module in enumerate(modules):
-            module.forward = lambda *args, _i=position, **kwargs: forward(_i, *args, **kwargs)
+        for number, module in enumerate(modules):
+            module.forward = lambda *args, _i=number, **kwargs: forward(_i, *args, **kwargs)
         yield
     finally:
         for module, own in zip(modules, before, strict=True):
@@ -136,13 +119,13 @@ def skipped_blocks(model: nn.Module, blocks: Blocks, hidden: Tensor) -> Iterator
     first = copy_of(model.get_submodule(blocks.names[0])).forward
     rest: tuple | None = None
 
-    def forward(position: int, *args: Any, **kwargs: Any) -> Any:
+    def forward(number: int, *args: Any, **kwargs: Any) -> Any:
         nonlocal rest
-        if position == 0:
+        if number == 0:
             output = first(*args, **kwargs)
             rest = output[1:] if isinstance(output, tuple) else None
         given = args[0] if args else kwargs["hidden_states"]
-        if position == len(blocks.names) - 1:
+        if number == len(blocks.names) - 1:
             given = hidden.to(given)
         return given if rest is None else (given, *rest)
 
@@ -181,7 +164,7 @@ def record_calls(
     """
     first = _FirstBlock(model, blocks)
 
-    def run_first(position: int, *args: Any, **kwargs: Any) -> None:
+    def run_first(number: int, *args: Any, **kwargs: Any) -> None:
         first.run(*args, **kwargs)
         raise _LastBlockReached
 
@@ -202,12 +185,12 @@ def _record(
         nonlocal index
         index = token_index(call_arguments(module, args, kwargs))
 
-    def forward(position: int, *args: Any, **kwargs: Any) -> Any:
+    def forward(number: int, *args: Any, **kwargs: Any) -> Any:
         nonlocal record, rest
         hidden = args[0] if args else kwargs["hidden_states"]
         if record is None:
             rest = first.rest(*args, **kwargs)
-            block = model.get_submodule(blocks.names[position])
+            block = model.get_submodule(blocks.names[number])
             record = BlockCalls(
                 hidden,
                 plain_index(hidden) if index is None else index,
@@ -215,7 +198,7 @@ def _record(
             )
         args, kwargs = args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}
         record.calls.append((args, kwargs))
-        if position == len(blocks.names) - 1:
+        if number == len(blocks.names) - 1:
             raise _LastBlockReached
         return (hidden, *rest) if first.width else hidden
 

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .blocks import Blocks, device_of
+from .blocks import Blocks
+from .modules import device_of
 
 
 class LiveBlocks:

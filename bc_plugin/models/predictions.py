@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .blocks import device_of
+from .modules import device_of
 
 
 def next_token_log_probabilities(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Tensor:

@@ -11,25 +11,29 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from ..errors import BiasCompensationError
-from ..models.blocks import Blocks, device_of, dtype_of, find_blocks
+from ..models.blocks import Blocks, find_blocks
 from ..models.calls import BlockCalls, record_calls, skipped_blocks
 from ..models.float_blocks import BlockSnapshot, LiveBlocks
+from ..models.modules import device_of, dtype_of
 from ..models.positions import PositionTracker
 from ..models.predictions import next_token_log_probabilities
 from ..vectors.compensation import Compensation
-from .config import RefinementConfig, RefinementData
-from .parameters import differentiable, frozen, merged_blocks, trained
-from .train import Outcome, Progress, Training
+from .config import RefinementConfig
+from .data import RefinementData
+from .gradients import differentiable
+from .parameters import frozen, merged_blocks, trained
+from .progress import Progress
+from .train import Outcome, Training
 
 
-def refined_by_block(
+def train_by_block(
     model: nn.Module,
     compensation: Compensation,
     float_model: nn.Module | BlockSnapshot,
     data: RefinementData,
     config: RefinementConfig,
     progress: Progress,
-    as_loaded: Callable[[nn.Module], nn.Module],
+    copy_to_run: Callable[[nn.Module], nn.Module],
 ) -> Outcome:
     """Minimise the error of every block's output, from the first to the last.
 
@@ -50,17 +54,17 @@ def refined_by_block(
     with torch.no_grad():
         stream = list(record_calls(start, blocks, data.batches, device_of(start)))
     given = [calls.hidden for calls in stream]  # to the quantized blocks
-    unrefined = {number: given[number] for number in data.held_out}  # with the old vectors
+    unrefined = {number: given[number] for number in data.apart}  # with the old vectors
     fixed = merged_blocks(model, compensation)
     vectors: dict[str, Tensor] = {}
     steps = 0
     with tqdm(total=config.steps * len(blocks.names), desc="Refining blocks") as bar:
-        for position, name in enumerate(blocks.names):
-            block = as_loaded(model.get_submodule(name)).eval()
+        for number, name in enumerate(blocks.names):
+            block = copy_to_run(model.get_submodule(name)).eval()
             with torch.no_grad(), source.load(name, device_of(block)) as reference:
                 dtype = dtype_of(reference)
                 targets = [
-                    calls.run(reference, position, device_of(block), dtype) for calls in stream
+                    calls.run(reference, number, device_of(block), dtype) for calls in stream
                 ]
             own = {
                 site: block.get_submodule(site[len(name) + 1 :])
@@ -68,7 +72,7 @@ def refined_by_block(
                 if site == name or site.startswith(f"{name}.")
             }
             tracker = PositionTracker(compensation.positions)
-            trainer = _Block(block, position, stream, given, targets, dtype_of(model), tracker)
+            trainer = _Block(block, number, stream, given, targets, dtype_of(model), tracker)
             with ExitStack() as stack:
                 stack.enter_context(frozen(block))
                 stack.enter_context(differentiable([block], trainer.dtype, False))
@@ -77,7 +81,7 @@ def refined_by_block(
                     unrefined = {n: trainer.run(n, hidden) for n, hidden in unrefined.items()}
                 if sites:
                     training = Training(
-                        sites, trainer.loss, data.fitted, data.held_out, config, progress, name
+                        sites, trainer.loss, data.fitted, data.apart, config, progress, name
                     )
                     outcome = training.run(bar)
                     steps = max(steps, outcome.steps)
@@ -86,10 +90,10 @@ def refined_by_block(
                     given = [trainer.run(number, hidden) for number, hidden in enumerate(given)]
             for calls, target in zip(stream, targets, strict=True):
                 calls.hidden = target
-    held_out = {number: data.batches[number] for number in data.held_out}
-    expected = {number: stream[number].hidden for number in held_out}
-    before = _divergence(start, blocks, held_out, expected, unrefined)
-    after = _divergence(start, blocks, held_out, expected, {n: given[n] for n in held_out})
+    apart = {number: data.batches[number] for number in data.apart}
+    expected = {number: stream[number].hidden for number in apart}
+    before = _divergence(start, blocks, apart, expected, unrefined)
+    after = _divergence(start, blocks, apart, expected, {n: given[n] for n in apart})
     if after < before:
         return Outcome(vectors, before, after, steps)
     return Outcome(dict(compensation.vectors), before, before, steps)
@@ -101,14 +105,14 @@ class _Block:
     def __init__(
         self,
         block: nn.Module,
-        position: int,
+        number: int,
         stream: list[BlockCalls],
         given: list[Tensor],
         targets: list[Tensor],
         dtype: torch.dtype,
         tracker: PositionTracker,
     ) -> None:
-        self.block, self.position, self.stream = block, position, stream
+        self.block, self.number, self.stream = block, number, stream
         self.given, self.targets, self.dtype = given, targets, dtype
         self.tracker = tracker
 
@@ -117,7 +121,7 @@ class _Block:
         calls = self.stream[number]
         self.tracker.observe(calls.index)
         given = BlockCalls(hidden, calls.index, calls.calls)
-        return given.run(self.block, self.position, device_of(self.block), self.dtype)
+        return given.run(self.block, self.number, device_of(self.block), self.dtype)
 
     def loss(self, number: int) -> tuple[Tensor, int]:
         """Its relative error, and the number of tokens."""

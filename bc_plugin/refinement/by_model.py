@@ -11,31 +11,35 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import BiasCompensationError
-from ..models.blocks import dtype_of, find_blocks
+from ..models.blocks import find_blocks
 from ..models.calls import twin_of
+from ..models.modules import dtype_of
 from ..models.positions import PositionTracker
 from ..models.predictions import next_token_log_probabilities
 from ..vectors.compensation import Compensation
-from .config import RefinementConfig, RefinementData
+from .config import RefinementConfig
+from .data import RefinementData
 from .float_logits import FloatLogits
-from .parameters import differentiable, frozen, merged_blocks, trained
-from .train import Outcome, Progress, Training
+from .gradients import differentiable
+from .parameters import frozen, merged_blocks, trained
+from .progress import Progress
+from .train import Outcome, Training
 
 
-def refined_by_model(
+def train_by_model(
     model: nn.Module,
     compensation: Compensation,
     float_model: nn.Module | FloatLogits,
     data: RefinementData,
     config: RefinementConfig,
     progress: Progress,
-    as_loaded: Callable[[nn.Module], nn.Module],
+    copy_to_run: Callable[[nn.Module], nn.Module],
 ) -> Outcome:
     """Minimise the KL divergence from the float model's next-token distributions."""
     blocks = find_blocks(model, compensation.blocks)
     with ExitStack() as stack:
         logits = _float_logits(float_model, data, config, progress, stack)
-        twin = twin_of(model, blocks, as_loaded)
+        twin = twin_of(model, blocks, copy_to_run)
         stack.enter_context(frozen(twin))
         modules = [twin.get_submodule(name) for name in blocks.names]
         tracker = PositionTracker(compensation.positions)
@@ -56,7 +60,7 @@ def refined_by_model(
             log_q = next_token_log_probabilities(twin, data.batches[number])
             return logits.divergence(number, log_q) / len(log_q), len(log_q)
 
-        training = Training(sites, loss, data.fitted, data.held_out, config, progress, "model")
+        training = Training(sites, loss, data.fitted, data.apart, config, progress, "model")
         with tqdm(total=config.steps, desc="Refining") as bar:
             return training.run(bar)
 

@@ -1,17 +1,12 @@
-"""Settings and data of the refinement of vectors."""
+"""Settings of the refinement of vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import Literal
 
-from torch import Tensor
-
-from ..calibration.batches import rebatch, split_held_out
 from ..config import BY, Settings
-from ..errors import BiasCompensationError
 
 
 @dataclass(frozen=True)
@@ -77,31 +72,3 @@ class RefinementConfig(Settings):
         if self.top_k is not None:
             self._require_number("top_k", lambda n: n > 0, "a whole number above 0, or None")
         self._require_number("seed", lambda n: n >= 0, "a whole number from 0 up")
-
-
-class RefinementData:
-    """Calibration sequences in batches, some of them held out.
-
-    Attributes:
-        batches: Those that are trained on, then those held out.
-        fitted, held_out: Their numbers.
-
-    Raises:
-        BiasCompensationError: there are fewer than two sequences, or they are not text.
-    """
-
-    def __init__(self, calibration: Iterable[Any], config: RefinementConfig) -> None:
-        kept, apart = split_held_out(list(calibration), config.held_out)
-        if not apart:
-            raise BiasCompensationError(
-                "refinement needs at least two calibration sequences, one to be held out."
-            )
-        fitted = rebatch(kept, config.batch_tokens)
-        batches = fitted + rebatch(apart, config.batch_tokens)
-        self.batches = [{"input_ids": b} if isinstance(b, Tensor) else b for b in batches]
-        self.fitted = range(len(fitted))
-        self.held_out = range(len(fitted), len(batches))
-        if not all("input_ids" in batch for batch in self.batches):
-            raise BiasCompensationError(
-                "the calibration data has no input_ids; refinement is for language models."
-            )

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +12,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import BiasCompensationError
-from ..files import written_whole
 from .config import RefinementConfig
 from .parameters import TrainedForward
+from .progress import Progress
 
-RUN, STATE = "refinement.json", "refinement-"
 Loss = Callable[[int], tuple[Tensor, int]]
 
 
@@ -40,72 +35,6 @@ class Outcome:
     steps: int
 
 
-class Progress:
-    """What a run has reached, on disk, for when it is stopped.
-
-    Args:
-        folder: Where to keep it; None to keep nothing.
-        identity: Whatever makes this run another one than those before.
-
-    Raises:
-        BiasCompensationError: the folder holds another run's progress.
-    """
-
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
-        self.folder = folder
-        if folder is None:
-            return
-        text = json.dumps(identity, sort_keys=True)
-        path = folder / RUN
-        if path.is_file() and path.read_text(encoding="utf-8") != text:
-            raise BiasCompensationError(
-                f"{folder} holds the progress of a refinement of another checkpoint, on other data "
-                "or with other settings; delete it or name another folder."
-            )
-        with written_whole(path) as part:
-            part.write_text(text, encoding="utf-8")
-
-    @property
-    def float_logits(self) -> Path:
-        """Where to keep what the float model predicts."""
-        return self.folder / "float_logits"
-
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{STATE}{name}.pt"
-
-    def read(self, name: str) -> dict[str, Any] | None:
-        """What ``write`` wrote last under this name."""
-        if self.folder is None or not self._path(name).is_file():
-            return None
-        return torch.load(self._path(name), weights_only=True)
-
-    def write(self, name: str, state: dict[str, Any]) -> None:
-        """Keep a state, in place of the last one under this name."""
-        if self.folder is not None:
-            with written_whole(self._path(name)) as part:
-                torch.save(state, part)
-
-    def delete(self) -> None:
-        """Remove it once the run has come to its end, and the folder if nothing else is there."""
-        if self.folder is None:
-            return
-        for path in (self.folder / RUN, *self.folder.glob(f"{STATE}*")):
-            path.unlink(missing_ok=True)
-        for path in self.float_logits.glob("*.safetensors"):
-            path.unlink()
-        for folder in (self.float_logits, self.folder):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-
-
-def checksum(tensors: Iterable[Tensor]) -> str:
-    """A fingerprint of tensors' values."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     """Linear from 0 over the warm-up, then half a cosine down to 0."""
     rising = max(1, round(warmup * steps))
@@ -121,7 +50,7 @@ class Training:
         sites: Those in place; the ones whose ``step`` requires a gradient are trained.
         loss: Gives, for the number of a batch, the mean loss and the number of tokens.
         fitted: Numbers of the batches that are trained on.
-        held_out: Numbers of the batches that decide what is kept.
+        apart: Numbers of the batches that decide what is kept.
         config: How.
         progress: Where a stopped run goes on from.
         name: This training's name there.
@@ -132,13 +61,13 @@ class Training:
         sites: Mapping[str, TrainedForward],
         loss: Loss,
         fitted: Sequence[int],
-        held_out: Sequence[int],
+        apart: Sequence[int],
         config: RefinementConfig,
         progress: Progress,
         name: str,
     ) -> None:
         self.sites, self.loss, self.config = sites, loss, config
-        self.fitted, self.held_out = fitted, held_out
+        self.fitted, self.apart = fitted, apart
         self.progress, self.name = progress, name
         self.steps = {n: site.step for n, site in sites.items() if site.step.requires_grad}
         self.device = next(iter(self.steps.values())).device.type
@@ -222,7 +151,7 @@ class Training:
     def evaluate(self) -> float:
         """The held-out loss, a mean over tokens."""
         total, tokens = 0.0, 0
-        for number in self.held_out:
+        for number in self.apart:
             loss, count = self.loss(number)
             total += loss.item() * count
             tokens += count

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
-from ..models.blocks import device_of
 from ..models.calls import Batch, call_model
-from .site import Site
+from ..models.modules import device_of
+from .statistics import Site
 
 
 def cuts_patches(convolution: nn.Conv2d) -> bool:
@@ -52,7 +52,7 @@ def measure_outside(
         BiasCompensationError: each patch should have a vector, but images differ in size.
     """
     sites: dict[str, Site] = {}
-    held_out = False
+    now_apart = False
 
     def measure(name: str):
         module = quantized[name]
@@ -73,7 +73,7 @@ def measure_outside(
                 )
             tokens = reference.shape[:-1].numel()
             rows = torch.arange(tokens, device=shifted.device) % places
-            site.add(reference, shifted, rows, None, held_out)
+            site.add(reference, shifted, rows, None, now_apart)
 
         return hook
 
@@ -81,7 +81,7 @@ def measure_outside(
         for name in quantized:
             handle = float_model.get_submodule(name).register_forward_hook(measure(name))
             hooks.callback(handle.remove)
-        for held_out, batches in ((False, fitted), (True, apart)):  # noqa: B007, hooks read it
+        for now_apart, batches in ((False, fitted), (True, apart)):  # noqa: B007, hooks read it
             for batch in batches:
                 call_model(float_model, batch, device_of(float_model))
     return sites

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
-from ..models.blocks import Blocks, linears_of
+from ..models.blocks import Blocks
+from ..models.modules import linears_of
 from ..models.positions import PositionTracker, call_arguments, token_index, vector_rows
 
 STATE = "_joint_inputs"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import BiasCompensationError
-from ..names import KEY, VECTOR
+from ..names import KEY
 from ..vectors.checkpoint import checkpoint_files, read_entry, read_vectors
 from ..vectors.compensation import Compensation
 
@@ -32,7 +32,7 @@ def read_compensation(
     if vectors:
         raise BiasCompensationError(
             f"the checkpoint holds {len(vectors)} compensation tensors, the first is "
-            f"{next(iter(vectors))}.{VECTOR}, but its quantization config has no {KEY} entry; "
+            f"{next(iter(vectors))}.{KEY}, but its quantization config has no {KEY} entry; "
             "restore the config it was saved with, or load it without bc_plugin.enable()."
         )
     return None

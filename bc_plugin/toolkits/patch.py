@@ -17,9 +17,9 @@ from ..errors import BiasCompensationError
 _ABSENT = object()
 
 
-def argument(name: str, position: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+def argument(name: str, place: int, args: tuple, kwargs: dict[str, Any]) -> Any:
     """An argument of a wrapped call, whichever way it was passed."""
-    return kwargs[name] if name in kwargs else args[position]
+    return kwargs[name] if name in kwargs else args[place]
 
 
 @dataclass(frozen=True)

@@ -14,49 +14,17 @@ from ..calibration.stream import prepare_stream
 from ..compensate import compensate
 from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
-from ..models.blocks import device_of, find_blocks
-from ..models.calls import call_model, copy_of
+from ..models.blocks import find_blocks
+from ..models.calls import call_model
 from ..models.float_blocks import BlockSnapshot
-from ..names import KEY
-from ..refine import record_float_logits, refined
+from ..models.modules import copy_of, device_of
+from ..refine import record_float_logits, train_vectors
 from ..refinement.config import RefinementConfig
 from ..refinement.float_logits import FloatLogits
 from ..shift.rescaling import Rescaling
 from ..vectors.compensation import Compensation
 from .awq import RECORD
 from .joint import JointGPTQ
-
-
-def is_entry(value: Any) -> bool:
-    """Whether ``value`` is what a compensated checkpoint stores, not a request to compensate."""
-    return isinstance(value, Mapping) and "digest" in value
-
-
-def set_flag(config: Any, value: Any) -> None:
-    """Keep the value of the ``bias_compensation`` keyword on a toolkit's config object.
-
-    A request is kept as a plain dict, so that the config can be written as JSON.
-    """
-    if is_entry(value):
-        setattr(config, KEY, dict(value))
-    else:
-        parsed = BiasCompensationConfig.parse(value)
-        if parsed is not None:
-            setattr(config, KEY, parsed.to_dict())
-
-
-def flag_of(config: Any) -> BiasCompensationConfig | None:
-    """The request kept on a toolkit's config object, if there is one."""
-    value = getattr(config, KEY, None)
-    return None if is_entry(value) else BiasCompensationConfig.parse(value)
-
-
-def override_flag(config: Any, kwargs: dict[str, Any]) -> None:
-    """Let the keyword of a toolkit's ``quantize``, where given, replace the config's request."""
-    if KEY in kwargs:
-        vars(config).pop(KEY, None)
-        set_flag(config, kwargs.pop(KEY))
-
 
 # Functions deep inside a toolkit's run find what belongs to it here.
 _running: ContextVar[CompensatedQuantization | None] = ContextVar("running", default=None)
@@ -130,12 +98,12 @@ class CompensatedQuantization:
         return positions
 
     def finish(
-        self, quantized: nn.Module, as_loaded: Callable[[nn.Module], nn.Module] = copy_of
+        self, quantized: nn.Module, copy_to_run: Callable[[nn.Module], nn.Module] = copy_of
     ) -> Compensation:
         """Compute the compensation and attach it.
 
         Args:
-            as_loaded: Makes of a block a copy that computes what the block will compute once it
+            copy_to_run: Makes of a block a copy that computes what the block will compute once it
                 was saved and loaded.
         """
         if self.calibration is None or self.float_blocks is None:
@@ -150,18 +118,18 @@ class CompensatedQuantization:
             self.calibration,
             self.config,
             rescalings=self.rescalings,
-            as_loaded=as_loaded,
+            copy_to_run=copy_to_run,
         )
         compensation.joint = self.joint is not None and self.joint.quantized > 0
         with self._scratch:
             if self.refinement is not None:
-                compensation = refined(
+                compensation = train_vectors(
                     quantized,
                     compensation,
                     self.float_logits or self.float_blocks,
                     self.calibration,
                     self.refinement,
-                    as_loaded=as_loaded,
+                    copy_to_run=copy_to_run,
                 )
         compensation.attach(quantized)
         return compensation
@@ -179,11 +147,3 @@ def calibration_is_ready(wrapped, instance, args, kwargs):
     if run is not None and run.calibration is None:
         run.start(batches)
     return batches
-
-
-def config_to_dict(wrapped, config, args, kwargs):
-    """Wrapper for the ``to_dict`` of a config that lists its own fields only."""
-    settings = wrapped(*args, **kwargs)
-    if hasattr(config, KEY):
-        settings[KEY] = getattr(config, KEY)
-    return settings

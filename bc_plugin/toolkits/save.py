@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..names import VECTOR
+from ..names import KEY
 from ..vectors.compensation import Compensation
 
 
@@ -34,10 +34,10 @@ def plain_vectors(model: nn.Module) -> Iterator[Compensation | None]:
 def put_vectors(compensation: Compensation, model: nn.Module) -> None:
     """Make the vectors buffers of ``model``, without compensating it."""
     for name, vectors in compensation.vectors.items():
-        model.get_submodule(name).register_buffer(VECTOR, vectors)
+        model.get_submodule(name).register_buffer(KEY, vectors)
 
 
 def take_vectors(compensation: Compensation, model: nn.Module) -> None:
     """Undo ``put_vectors``."""
     for name in compensation.vectors:
-        delattr(model.get_submodule(name), VECTOR)
+        delattr(model.get_submodule(name), KEY)

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..models.blocks import stored_tensors
-from ..names import VECTOR
+from ..models.modules import stored_tensors
+from ..names import KEY
 
 SAMPLES = 1024  # values read per tensor: a requantized weight differs in a large share of them
 
@@ -19,7 +19,7 @@ def _weights(module: nn.Module) -> dict[str, Tensor]:
     largest: dict[str, Tensor] = {}
     for name, tensor in stored_tensors(module):
         owner, _, leaf = name.rpartition(".")
-        if tensor.dim() < 2 or leaf == VECTOR:
+        if tensor.dim() < 2 or leaf == KEY:
             continue
         if owner not in largest or tensor.nbytes > largest[owner].nbytes:
             largest[owner] = tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,17 @@ from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
 from ..files import written_whole
-from ..models.blocks import device_of, dtype_of, find_block_lists
+from ..models.blocks import find_block_lists
+from ..models.modules import device_of, dtype_of
 from ..models.positions import PositionTracker
-from ..names import KEY, VECTOR, collapse, expand
+from ..names import KEY
 from .attach import AttachedConvolution, AttachedSite
 from .check import weights_digest, weights_of
 from .checkpoint import checkpoint_files, read_entry, read_vectors
+from .entry import FORMAT_VERSION, SiteErrors, read_errors, set_entry, written_number
+from .short_names import collapse, expand
 
-FORMAT_VERSION = 1
 FILE = "bias_compensation.safetensors"
-
-
-@dataclass(frozen=True)
-class SiteErrors:
-    """Mean squared error of one site's output, per value, against the float model.
-
-    Attributes:
-        kind: ``"linear"``, ``"block"`` or ``"convolution"``.
-        before, after: Without and with its vectors, on the tokens they were fitted to.
-        held_out_before, held_out_after: The same on tokens kept apart; None where none were.
-    """
-
-    kind: str
-    before: float
-    after: float
-    held_out_before: float | None = None
-    held_out_after: float | None = None
 
 
 class Compensation:
@@ -122,7 +107,7 @@ class Compensation:
             else:
                 sites.append(AttachedSite(module, vectors, tracker, dtype))
         model._bias_compensation = (self, sites, handles)
-        _set_entry(model, self.entry())
+        set_entry(model, self.entry())
 
     def detach(self, model: nn.Module) -> None:
         """Take the vectors out of ``model``, which then computes what it did before.
@@ -138,7 +123,7 @@ class Compensation:
         for handle in handles:
             handle.remove()
         del model._bias_compensation
-        _set_entry(model, None)
+        set_entry(model, None)
 
     @staticmethod
     def attached_to(model: nn.Module) -> Compensation | None:
@@ -165,12 +150,12 @@ class Compensation:
             expected = (rows, getattr(modules[name], width, vectors.shape[-1]))
             if tuple(vectors.shape) != expected:
                 raise BiasCompensationError(
-                    f"{name}.{VECTOR} has shape {tuple(vectors.shape)}, expected {expected}; "
+                    f"{name}.{KEY} has shape {tuple(vectors.shape)}, expected {expected}; "
                     "these vectors belong to another model or to other positions."
                 )
             if not bool(torch.isfinite(vectors).all()):
                 raise BiasCompensationError(
-                    f"{name}.{VECTOR} holds NaN or infinity; the file is damaged, compute the "
+                    f"{name}.{KEY} holds NaN or infinity; the file is damaged, compute the "
                     "compensation again."
                 )
         lists = [blocks.path for blocks in find_block_lists(model, self.blocks)]
@@ -194,7 +179,7 @@ class Compensation:
         groups = collapse(self.vectors)
         errors = {
             short: {
-                field: " ".join(_number(getattr(self.errors[name], field)) for name in names)
+                field: " ".join(written_number(getattr(self.errors[name], field)) for name in names)
                 for field in ("before", "after", "held_out_before", "held_out_after")
             }
             for short, names in groups.items()
@@ -239,7 +224,7 @@ class Compensation:
                 for name in expand(short)
             }
             positions, blocks, digest = entry["positions"], entry["blocks"], entry["digest"]
-            errors = _read_errors(entry["errors"], kinds)
+            errors = read_errors(entry["errors"], kinds)
         except (KeyError, ValueError, AttributeError, TypeError) as error:
             raise BiasCompensationError(
                 f"the {KEY} entry of the quantization config is damaged ({error!r}); take it from "
@@ -249,12 +234,12 @@ class Compensation:
         if missing:
             raise BiasCompensationError(
                 f"{len(missing)} of {len(kinds)} compensation tensors are missing, the first is "
-                f"{missing[0]}.{VECTOR}; the checkpoint is incomplete, download or save it again."
+                f"{missing[0]}.{KEY}; the checkpoint is incomplete, download or save it again."
             )
         unknown = sorted(set(tensors) - set(kinds))
         if unknown:
             raise BiasCompensationError(
-                f"the checkpoint has {unknown[0]}.{VECTOR}, which its quantization config does not "
+                f"the checkpoint has {unknown[0]}.{KEY}, which its quantization config does not "
                 "announce; the two do not belong together."
             )
         vectors = {name: tensors[name] for name in kinds}
@@ -268,7 +253,7 @@ class Compensation:
             The file's path.
         """
         path = Path(folder) / FILE
-        tensors = {f"{name}.{VECTOR}": v.contiguous().cpu() for name, v in self.vectors.items()}
+        tensors = {f"{name}.{KEY}": v.contiguous().cpu() for name, v in self.vectors.items()}
         with written_whole(path) as part:
             save_file(tensors, part, metadata={"format": "pt", KEY: json.dumps(self.entry())})
         return path
@@ -307,29 +292,3 @@ class Compensation:
             }
             for name, vectors in self.vectors.items()
         ]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _read_errors(groups: Mapping[str, Mapping[str, str]], kinds: Mapping[str, str]):
-    errors = {}
-    for short, columns in groups.items():
-        rows = zip(*(text.split() for text in columns.values()), strict=True)
-        for name, row in zip(expand(short), rows, strict=True):
-            values = [None if text == "-" else float(text) for text in row]
-            errors[name] = SiteErrors(kinds[name], **dict(zip(columns, values, strict=True)))
-    return errors
-
-
-def _set_entry(model: nn.Module, entry: dict[str, Any] | None) -> None:
-    """Keep the model's quantization config in step, since saving the model writes it."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if config is None:
-        return
-    values = config if isinstance(config, dict) else vars(config)
-    if entry is None:
-        values.pop(KEY, None)
-    else:
-        values[KEY] = entry

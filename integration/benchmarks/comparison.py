@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bc_plugin
 from bc_plugin import Compensation, FloatLogits, RefinementConfig
-from bc_plugin.calibration.batches import sample_from
+from bc_plugin.calibration.sample import sample_from
 
 FOLDER = real.CACHE / "comparison"
 GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 64, 32, 512, 12

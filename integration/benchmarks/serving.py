@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bc_plugin
 from bc_plugin import Compensation
+from bc_plugin.engines.plain import read_tensors, write_checkpoint
 from bc_plugin.engines.widen import widen
-from bc_plugin.export import read_tensors, write_checkpoint
 
 FOLDER = real.CACHE / "serving"
 BITS, GROUP_SIZE, SAMPLES, LENGTH, EVALUATED, GENERATED = 3, 64, 32, 512, 12, 64

@@ -1,0 +1,71 @@
+"""What was exported, loaded in a fresh process and compared with the plugin."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ..errors import BiasCompensationError
+from ..vectors.compensation import Compensation
+from .plan import Plan
+
+TOKENS = 48
+# A fresh process, in which nothing of this package is imported.
+LOADED_ALONE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map=sys.argv[2]).eval()
+with torch.no_grad():
+    ids = torch.load(sys.argv[3]).to(next(model.parameters()).device)
+    torch.save(model(input_ids=ids).logits.float().cpu(), sys.argv[4])
+"""
+
+
+@torch.no_grad()
+def verify(source: Path, exported: Path, whole: Compensation, plan: Plan, device_map: str) -> None:
+    """Compare with the plugin, in logits of arbitrary tokens."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, device_map=device_map).eval()
+    attached = Compensation.attached_to(model)  # where the patches are enabled
+    if attached is not None:
+        attached.detach(model)
+    whole.check(model)
+    carried = Compensation(
+        {name: whole.vectors[name] for name in plan.carried},
+        {name: whole.errors[name] for name in plan.carried},
+        whole.positions,
+        whole.blocks,
+        whole.digest,
+    )
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=generator)
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    carried.attach_unchecked(model)
+    expected = model(input_ids=ids.to(device)).logits.float().cpu()
+    carried.detach(model)
+    plain = model(input_ids=ids.to(device)).logits.float().cpu()
+    del model
+    with tempfile.TemporaryDirectory() as folder:
+        files = [str(Path(folder) / name) for name in ("ids.pt", "logits.pt")]
+        torch.save(ids, files[0])
+        command = [sys.executable, "-c", LOADED_ALONE, str(exported), device_map, *files]
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode:
+            raise BiasCompensationError(
+                "what was exported cannot be loaded, and has been deleted:\n"
+                + process.stderr[-2000:]
+            )
+        found = torch.load(files[1])
+    apart, effect = (found - expected).norm(), (plain - expected).norm()
+    # Widened weights run on another kernel, which may round inputs to half precision.
+    rounding = 4 * torch.finfo(dtype).eps * expected.norm()
+    if not apart <= torch.maximum(0.25 * effect, rounding):
+        raise BiasCompensationError(
+            f"what was exported gives other logits than the plugin and has been deleted: they are "
+            f"{apart:.3g} apart, where compensation moves them by {effect:.3g}. Please report this."
+        )

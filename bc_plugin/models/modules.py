@@ -1,0 +1,96 @@
+"""What is asked of any module: its tensors, linears, type and device, a copy, its forward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+class ReplacedForward:
+    """Something in place of a module's forward, until ``undo``.
+
+    Rather than a hook: hooks take PyTorch's slow path, which costs more than adding a vector when
+    single tokens are decoded, and run in an order of their own.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.replaced = vars(module).get("forward")  # accelerate puts one there, too
+        self.plain = module.forward
+        self.undone = False
+        module.forward = self.run
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """What is called in the forward's place."""
+        raise NotImplementedError
+
+    def undo(self) -> None:
+        """Give the module its own forward back."""
+        if vars(self.module).get("forward") != self.run:
+            self.undone = True  # something else has wrapped it since and holds on to it
+        elif self.replaced is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.replaced
+
+
+def copy_of(block: nn.Module) -> nn.Module:
+    """A copy to run: some kernels repack their weights when first run, for good, and the model
+    could not be saved afterwards. A block that accelerate moves about is returned itself."""
+    if any(hasattr(module, "_hf_hook") for module in block.modules()):
+        return block
+    # Tensors that wrap others (optimum-quanto's) cannot be copied; nothing repacks them either.
+    shared = {id(t): t for t in block.parameters() if is_traceable_wrapper_subclass(t)}
+    twin = copy.deepcopy(block, shared)
+    for module in twin.modules():
+        # What compressed-tensors does to the whole model, for good, when that is first run.
+        if getattr(module, "quantization_status", None) == "compressed":
+            from compressed_tensors.compressors.base import decompress_module
+
+            decompress_module(module)
+    return twin
+
+
+def stored_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers, by name.
+
+    Not through ``state_dict``: some kernels (bitsandbytes) repack their weights back for it, in
+    place, and lose precision on the way.
+    """
+    for path, child in module.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                yield prefix + name, parameter
+        for name, buffer in child._buffers.items():
+            if buffer is not None and name not in child._non_persistent_buffers_set:
+                yield prefix + name, buffer
+
+
+def is_linear(module: nn.Module) -> bool:
+    # transformers' Conv1D (GPT-2) is a linear with the weight transposed.
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def linears_of(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The linears of a float block, with their paths within it."""
+    return [(name, module) for name, module in block.named_modules() if is_linear(module)]
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The type ``model`` computes in: that of its first floating parameter."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where ``module`` computes, also when accelerate keeps its weights elsewhere."""
+    for child in module.modules():
+        execution = getattr(getattr(child, "_hf_hook", None), "execution_device", None)
+        if execution is not None:
+            return torch.device(execution)
+    return next(stored_tensors(module))[1].device

@@ -1,0 +1,89 @@
+"""Which linears and convolutions quantization changed, and whose outputs can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..errors import BiasCompensationError
+from ..models.blocks import Blocks
+from ..models.modules import is_linear, linears_of
+
+RESCALED = (
+    "the quantized model's norms are not the float model's: scales were moved within its blocks, "
+    "as AWQ does, or it was trained on, so outputs of single linears may stand for others. Only "
+    "outputs of blocks were compensated. Quantize with bias_compensation=True in the toolkit, or "
+    "pass the trained model before it was rounded, to compensate linears, too."
+)
+
+
+def linear_sites(float_block: nn.Module, quantized_block: nn.Module) -> list[str]:
+    """Paths, within the block, of the linears that quantization changed.
+
+    Raises:
+        BiasCompensationError: a linear of the float block is missing in the quantized one.
+    """
+    return [n for n, linear in linears_of(float_block) if _changed(n, linear, quantized_block)]
+
+
+def sites_outside(
+    float_model: nn.Module, quantized_model: nn.Module, lists: Sequence[Blocks]
+) -> dict[str, str]:
+    """Sites outside of the blocks that quantization changed, and the kind of each.
+
+    These are 2D convolutions, such as a patch embedding, and the linears between one list of blocks
+    and the next (Swin's patch merging). Other linears, such as heads, are none; nor are
+    convolutions within blocks, whose shift the block's own vectors take out.
+
+    Raises:
+        BiasCompensationError: one of the float model is missing in the quantized one.
+    """
+    blocks = tuple(f"{found.path}." for found in lists)
+    stages = tuple(f"{found.owner}." for found in lists) if len(lists) > 1 else ()
+    kinds = {}
+    for name, module in float_model.named_modules():
+        convolution = isinstance(module, nn.Conv2d)
+        if name.startswith(blocks) or not (
+            convolution or (is_linear(module) and name.startswith(stages))
+        ):
+            continue
+        if _changed(name, module, quantized_model):
+            kinds[name] = "convolution" if convolution else "linear"
+    return kinds
+
+
+def _changed(name: str, module: nn.Module, quantized: nn.Module) -> bool:
+    try:
+        other = quantized.get_submodule(name)
+    except AttributeError as error:
+        raise BiasCompensationError(
+            f"the float model has a {type(module).__name__} {name!r} where the quantized model has "
+            "none; compensation needs two models with the same modules' names."
+        ) from error
+    # compressed-tensors keeps the class, but no weight until the linear is first run.
+    weight = getattr(other, "weight", None)
+    return type(other) is not type(module) or weight is None or not _same(module.weight, weight)
+
+
+def others_changed(float_block: nn.Module, quantized_block: nn.Module) -> bool:
+    """Whether anything but linears differs by more than the rounding of half precision."""
+    linears = tuple(f"{name}." for name, _ in linears_of(float_block))
+    kept = dict(quantized_block.named_parameters()) | dict(quantized_block.named_buffers())
+    for name, tensor in float_block.named_parameters():
+        if name.startswith(linears) or tensor.is_meta:
+            continue
+        other = kept.get(name)
+        if other is None or other.shape != tensor.shape:
+            return True
+        apart = (other.detach().to(tensor) - tensor.detach()).abs().max()
+        if apart > 0.01 * tensor.detach().abs().max():
+            return True
+    return False
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.is_meta or b.is_meta or a.shape != b.shape:  # meta: offloaded, so not to be compared
+        return False
+    return torch.equal(a.detach(), b.detach().to(a.device, a.dtype))
