@@ -17,19 +17,20 @@ from .calibration.stream import prepare_stream
 from .config import BiasCompensationConfig
 from .errors import BiasCompensationError
 from .models.blocks import find_block_lists, find_blocks
-from .models.calls import BlockCalls
-from .models.float_blocks import BlockSnapshot, LiveBlocks
+from .models.float_blocks import BlockSnapshot, float_blocks_of
 from .models.modules import copy_of, device_of, dtype_of
 from .models.positions import PositionTracker
 from .names import KEY
+from .shift.inside import measure_block, measure_linears
 from .shift.outside import measure_outside
 from .shift.rescaling import Rescaling
+from .shift.settle import settle
 from .shift.sites import RESCALED, linear_sites, others_changed, sites_outside
 from .shift.statistics import Site
 from .vectors.attach import AttachedSite
-from .vectors.check import weights_digest, weights_of
+from .vectors.check import weights_digest
 from .vectors.compensation import Compensation
-from .vectors.entry import SiteErrors
+from .vectors.contents import SiteErrors
 
 
 def compensate(
@@ -95,6 +96,8 @@ def compensate(
 
 
 class _Pass:
+    """What one call of ``compensate`` goes through."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -115,7 +118,7 @@ class _Pass:
         )
         self.paths = [blocks.path for blocks in self.lists]
         self.dtype = dtype_of(model)
-        self.source = LiveBlocks(float_model) if self.live else float_model
+        self.source = float_blocks_of(float_model)
         if self.live and find_block_lists(float_model, self.paths) != self.lists:
             raise BiasCompensationError("the two models have different numbers of blocks.")
         if len(self.lists) > 1 and config.positions != 0:
@@ -125,30 +128,24 @@ class _Pass:
                 f"all of them, so positions={config.positions!r} has no meaning; use positions=0."
             )
         self.vectors: dict[str, Tensor] = {}
+        self.kinds: dict[str, str] = {}
         self.errors: dict[str, SiteErrors] = {}
-        self.attached: list[AttachedSite] = []
         self.changed = False
         self.rescaled = False
 
     def run(self) -> Compensation:
+        """Compensate what is outside of the blocks, then block after block."""
         if self.live and "linear" in self.config.sites:
             self._compensate_outside()
         for blocks in self.lists:
             # The float stream starts in front of the first block, in what quantizers leave alone;
             # in front of a later list stand blocks, too, but then the float model is at hand.
+            start = self.float_model if self.live else self.model
             self.stream, self.positions = prepare_stream(
-                self.float_model if self.live else self.model,
-                blocks,
-                self.calibration,
-                self.config,
+                start, blocks, self.calibration, self.config
             )
-            self.tracker = PositionTracker(self.positions)
             for number, name in enumerate(tqdm(blocks.names, desc="Compensating blocks")):
-                try:
-                    self._compensate_block(number, name)
-                finally:
-                    while self.attached:
-                        self.attached.pop().detach()
+                self._compensate_block(number, name)
         if not self.changed:
             raise BiasCompensationError(
                 "there is nothing to compensate: the linears of both models are the same. Pass the "
@@ -158,10 +155,11 @@ class _Pass:
             warnings.warn(RESCALED, stacklevel=4)
         return Compensation(
             vectors=self.vectors,
+            kinds=self.kinds,
             errors=self.errors,
             positions=self.positions,
             blocks=self.paths,
-            digest=weights_digest(self.model, weights_of(self.paths, self.vectors)),
+            digest=weights_digest(self.model, self.paths, self.vectors),
         )
 
     def _compensate_outside(self) -> None:
@@ -182,22 +180,50 @@ class _Pass:
         for name in kinds:
             if name in sites:
                 self.changed = True
-                self._settle(sites[name])
+                self._keep(sites[name])
             else:
                 tqdm.write(f"{name}: left out, the calibration data never reaches it")
 
     def _compensate_block(self, number: int, name: str) -> None:
+        """A block's linears, then the block itself with those in place."""
         quantized = self.copy_to_run(self.model.get_submodule(name))
-        device = device_of(quantized)
-        with self.source.load(name, device) as reference:
+        with self.source.load(name, device_of(quantized)) as reference:
             changed = linear_sites(reference, quantized)
-            linears = self._comparable(name, changed, reference, quantized)
             self.changed |= bool(changed)
-            outputs = self._run_float(number, name, reference, quantized, linears, device)
+            sites, outputs = measure_linears(
+                name,
+                number,
+                reference,
+                quantized,
+                self._comparable(name, changed, reference, quantized),
+                self.stream,
+                self.positions,
+                self.rescalings.get(name, Rescaling()),
+                self.dtype,
+            )
+        kept = [site for site in sites if self._keep(site)]
         if "block" in self.config.sites and changed:
-            self._run_quantized(number, name, quantized, outputs)
-        for batch, output in zip(self.stream, outputs, strict=True):
-            batch.hidden = output
+            self._keep(self._measured_block(number, name, quantized, kept, outputs))
+        for calls, output in zip(self.stream, outputs, strict=True):
+            calls.hidden = output
+
+    def _measured_block(
+        self,
+        number: int,
+        name: str,
+        quantized: nn.Module,
+        linears: Iterable[Site],
+        references: list[Tensor],
+    ) -> Site:
+        tracker = PositionTracker(self.positions)
+        with ExitStack() as attached:
+            for site in linears:
+                module = quantized.get_submodule(site.name.removeprefix(f"{name}."))
+                in_place = AttachedSite(module, self.vectors[site.name], tracker, self.dtype)
+                attached.callback(in_place.detach)
+            return measure_block(
+                name, number, quantized, self.stream, references, tracker, self.dtype
+            )
 
     def _comparable(
         self, name: str, changed: list[str], reference: nn.Module, quantized: nn.Module
@@ -211,96 +237,10 @@ class _Pass:
             return []
         return [path for path in changed if path not in rescaling.outputs]
 
-    def _run_float(
-        self,
-        number: int,
-        name: str,
-        reference: nn.Module,
-        quantized: nn.Module,
-        linears: list[str],
-        device: torch.device,
-    ) -> list[Tensor]:
-        """Run the float block; each float linear's input also goes through the quantized one."""
-        sites = {linear: Site(f"{name}.{linear}", "linear", self.positions) for linear in linears}
-        rescaling = self.rescalings.get(name, Rescaling())
-        current: BlockCalls | None = None
-
-        def measure(linear: str):
-            module = quantized.get_submodule(linear)
-
-            def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
-                shifted = module(rescaling.input_of(linear, args[0]).to(self.dtype))
-                sites[linear].update(current, output, shifted)
-
-            return hook
-
-        outputs = []
-        dtype = dtype_of(reference)
-        with ExitStack() as hooks:
-            for linear in linears:
-                handle = reference.get_submodule(linear).register_forward_hook(measure(linear))
-                hooks.callback(handle.remove)
-            for current in self.stream:
-                outputs.append(current.run(reference, number, device, dtype))
-                self._check_finite(outputs[-1], name, "float")
-        for linear, site in sites.items():
-            vectors = self._settle(site)
-            if vectors is not None:
-                module = quantized.get_submodule(linear)
-                self.attached.append(AttachedSite(module, vectors, self.tracker, self.dtype))
-        return outputs
-
-    def _run_quantized(
-        self, number: int, name: str, quantized: nn.Module, references: list[Tensor]
-    ) -> None:
-        """Run the quantized block, with its linears compensated, on the float stream."""
-        site = Site(name, "block", self.positions)
-        for batch, reference in zip(self.stream, references, strict=True):
-            self.tracker.observe(batch.index)
-            output = batch.run(quantized, number, reference.device, self.dtype)
-            self._check_finite(output, name, "quantized")
-            site.update(batch, reference, output)
-        self._settle(site)
-
-    def _settle(self, site: Site) -> Tensor | None:
-        """Turn a site's statistics into vectors; None where they are not kept."""
-        name = site.name
-        if site.fitted.total is None:
-            raise BiasCompensationError(
-                f"{name}: the calibration data never reaches this module. Use other data, or "
-                "compensate only blocks with sites='block'."
-            )
-        vectors = _stored(site.fitted.vectors(), self.config.dtype, self.dtype)
-        if not bool(torch.isfinite(vectors).all()):
-            raise BiasCompensationError(
-                f"{name}: the mean shift is not finite. Look for overflow in this module."
-            )
-        has_held_out = site.apart.total is not None
-        errors = SiteErrors(
-            kind=site.kind,
-            before=site.fitted.error(),
-            after=site.fitted.error(vectors),
-            held_out_before=site.apart.error() if has_held_out else None,
-            held_out_after=site.apart.error(vectors) if has_held_out else None,
-        )
-        worse = has_held_out and errors.held_out_after > errors.held_out_before
-        if self.config.keep_only_if_better and worse:
-            tqdm.write(f"{name}: dropped, its held-out error would rise")
-            return None
-        self.vectors[name], self.errors[name] = vectors, errors
-        return vectors
-
-    def _check_finite(self, output: Tensor, name: str, which: str) -> None:
-        if not bool(torch.isfinite(output).all()):
-            raise BiasCompensationError(
-                f"the {which} model's block {name!r} gives values that are not finite on the "
-                f"calibration data (type {output.dtype}); try bfloat16 or float32."
-            )
-
-
-def _stored(vectors: Tensor, wanted: str, model_dtype: torch.dtype) -> Tensor:
-    if wanted != "auto":
-        return vectors.to(getattr(torch, wanted))
-    half = torch.bfloat16 if model_dtype == torch.bfloat16 else torch.float16
-    fits = vectors.abs().max() <= torch.finfo(half).max
-    return vectors.to(half if fits else torch.float32)
+    def _keep(self, site: Site) -> bool:
+        """Make vectors of a site's statistics; whether they are kept."""
+        found = settle(site, self.config, self.dtype)
+        if found is not None:
+            self.kinds[site.name] = site.kind
+            self.vectors[site.name], self.errors[site.name] = found
+        return found is not None

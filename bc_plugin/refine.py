@@ -100,7 +100,7 @@ def train_vectors(
     config = config or RefinementConfig()
     if not compensation.vectors:
         raise BiasCompensationError("the compensation has no vectors that could be train_vectors.")
-    if any(errors.kind == "convolution" for errors in compensation.errors.values()):
+    if "convolution" in compensation.kinds.values():
         raise BiasCompensationError(
             "refinement is for language models; this compensation has vectors of convolutions."
         )
@@ -141,12 +141,4 @@ def _with_vectors(
         "before": outcome.before,
         "after": outcome.after,
     }
-    return Compensation(
-        vectors,
-        compensation.errors,
-        compensation.positions,
-        compensation.blocks,
-        compensation.digest,
-        compensation.joint,
-        refined_with,
-    )
+    return compensation.replaced(vectors=vectors, refined=refined_with)

@@ -223,7 +223,7 @@ def test_disable_leaves_no_trace(toolkit):
         return {
             patch.target: id(vars(applied.parent).get(applied.attribute))
             for known in _toolkits().values()
-            if known.version
+            if known.supported.version
             for patch in known.patches
             for applied in [Applied(known, patch)]
         }

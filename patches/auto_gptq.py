@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from contextvars import ContextVar
 from dataclasses import fields
 from pathlib import Path
 
 from bc_plugin.errors import BiasCompensationError
 from bc_plugin.names import KEY
+from bc_plugin.supported import SUPPORTED
 from bc_plugin.toolkits.flag import config_to_dict, flag_of, override_flag, set_flag
 from bc_plugin.toolkits.joint import centred_inputs, weight_of
-from bc_plugin.toolkits.load import read_compensation
+from bc_plugin.toolkits.load import attach_around, files_read, read_compensation
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
-from bc_plugin.toolkits.run import CompensatedQuantization, calibration_is_ready, is_running
+from bc_plugin.toolkits.run import calibration_is_ready, is_running, run_compensated
 from bc_plugin.vectors.checkpoint import read_settings
 
-# The files of the checkpoint that from_quantized is reading.
-_files: ContextVar[list[Path] | None] = ContextVar("files", default=None)
+# Config
 
 
 def _config_init(wrapped, config, args, kwargs):
@@ -35,15 +34,17 @@ def _config_from_pretrained(wrapped, cls, args, kwargs):
     return cls(**{name: value for name, value in settings.items() if name in known})
 
 
+# Quantizing
+
+
 def _quantize(wrapped, gptq, args, kwargs):
     override_flag(gptq.quantize_config, kwargs)
-    config = flag_of(gptq.quantize_config)
-    if config is None:
-        return wrapped(*args, **kwargs)
-    with CompensatedQuantization(gptq.model, config) as run:
-        result = wrapped(*args, **kwargs)
-    set_flag(gptq.quantize_config, run.finish(gptq.model).entry())
-    return result
+    return run_compensated(
+        lambda: wrapped(*args, **kwargs),
+        gptq.model,
+        flag_of(gptq.quantize_config),
+        lambda _: (gptq.model, gptq.quantize_config),
+    )
 
 
 def _add_batch(wrapped, gptq, args, kwargs):
@@ -76,12 +77,17 @@ def _find_params(wrapped, quantizer, args, kwargs):
         quantizer.scale[wraps] *= quantizer.maxq / (quantizer.maxq - 1)
 
 
+# Saving: nothing to do, it writes the model's state dict and the config's to_dict
+
+# Loading
+
+
 def _from_quantized(wrapped, cls, args, kwargs):
-    token = _files.set(None)
+    token = files_read.set(None)
     try:
         gptq = wrapped(*args, **kwargs)
     finally:
-        _files.reset(token)
+        files_read.reset(token)
     # Saving it again writes what its own config says.
     entry = getattr(gptq.model.config, "quantization_config", {}).get(KEY)
     if entry is not None:
@@ -95,29 +101,24 @@ def _get_checkpoints(wrapped, instance, args, kwargs):
     if sharded:
         names = json.loads(files[0].read_text())["weight_map"].values()
         files = [files[0].parent / name for name in sorted(set(names))]
-    _files.set(files)
+    files_read.set(tuple(files))
     return sharded, file, basename
 
 
 def _post_init(wrapped, instance, args, kwargs):
-    files = _files.get()
-    if files is None:
-        return wrapped(*args, **kwargs)
-    settings = read_settings(files[0].parent)
-    compensation = read_compensation(settings.get(KEY), files)
-    if compensation is None:
-        return wrapped(*args, **kwargs)
-    if "gptq_v2" in (settings.get("format"), settings.get("checkpoint_format")):
+    files = files_read.get()
+    settings = read_settings(files[0].parent) if files else {}
+    compensation = read_compensation(settings.get(KEY), files or ())
+    if compensation and "gptq_v2" in (settings.get("format"), settings.get("checkpoint_format")):
         raise BiasCompensationError(
             f"{files[0].parent} is in the format gptq_v2, whose zero points AutoGPTQ misreads; "
             "load it with transformers and gptqmodel, or quantize with AutoGPTQ."
         )
-    # Before the kernels' initialisation, which may repack the weights the digest is taken of.
-    compensation.check(argument("model", 0, args, kwargs))
-    model = wrapped(*args, **kwargs)
-    compensation.attach_unchecked(model)
-    return model
+    model = argument("model", 0, args, kwargs)
+    return attach_around(lambda: wrapped(*args, **kwargs), model, compensation)
 
+
+# Toolkit
 
 BASE = "auto_gptq.modeling._base"
 MODEL = f"{BASE}:BaseGPTQForCausalLM"
@@ -126,17 +127,20 @@ GPTQ = "auto_gptq.quantization.gptq:GPTQ"
 QUANTIZER = "auto_gptq.quantization.quantizer:Quantizer"
 AUTO_GPTQ = Toolkit(
     name="auto_gptq",
-    distribution="auto-gptq",
-    versions=("==0.7.1",),
-    patches=(
+    supported=SUPPORTED["auto_gptq"],
+    config=(
         Patch(f"{CONFIG}.__init__", _config_init, ("bits", "group_size")),
         Patch(f"{CONFIG}.from_pretrained", _config_from_pretrained, ("save_dir",)),
         Patch(f"{CONFIG}.to_dict", config_to_dict),
+    ),
+    quantizing=(
         Patch(f"{MODEL}.quantize", _quantize, ("examples", "batch_size")),
         Patch(f"{MODEL}._prepare_examples_for_quantization", calibration_is_ready, ("examples",)),
         Patch(f"{GPTQ}.add_batch", _add_batch, ("inp", "out")),
         Patch(f"{GPTQ}.fasterquant", _fasterquant),
         Patch(f"{QUANTIZER}.find_params", _find_params),
+    ),
+    loading=(
         Patch(f"{MODEL}.from_quantized", _from_quantized, ("model_name_or_path",)),
         Patch(f"{BASE}:get_checkpoints", _get_checkpoints, ("model_name_or_path",)),
         Patch(f"{BASE}:autogptq_post_init", _post_init, ("model",)),

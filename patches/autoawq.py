@@ -8,13 +8,14 @@ import warnings
 from bc_plugin.config import BiasCompensationConfig
 from bc_plugin.errors import BiasCompensationError
 from bc_plugin.names import KEY
+from bc_plugin.supported import SUPPORTED
 from bc_plugin.toolkits.awq import scales_are_applied
 from bc_plugin.toolkits.flag import is_entry, set_flag
-from bc_plugin.toolkits.load import hold_for
+from bc_plugin.toolkits.load import attach_held, hold_for
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
-from bc_plugin.toolkits.run import CompensatedQuantization, calibration_is_ready
+from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
 
-# Quantizing
+# Config
 
 
 def _config_from_dict(wrapped, cls, args, kwargs):
@@ -30,6 +31,9 @@ def _config_to_transformers(wrapped, config, args, kwargs):
     if is_entry(getattr(config, KEY, None)):
         settings[KEY] = getattr(config, KEY)
     return settings
+
+
+# Quantizing
 
 
 def _quantize(wrapped, awq, args, kwargs):
@@ -50,11 +54,15 @@ def _quantize(wrapped, awq, args, kwargs):
             "AutoAWQ 0.2.9 quantizes wrongly on a CPU: it goes on with weights that its search for "
             "scales has changed, which no bias repairs. Use a GPU, or GPTQModel's AWQ."
         )
-    with CompensatedQuantization(awq.model, config) as run:
-        result = wrapped(*args, **kwargs)
-    set_flag(awq.quant_config, run.finish(awq.model).entry())
-    return result
+    return run_compensated(
+        lambda: wrapped(*args, **kwargs),
+        awq.model,
+        config,
+        lambda _: (awq.model, awq.quant_config),
+    )
 
+
+# Saving: nothing to do, it writes the model's state dict and the config's to_transformers_dict
 
 # Loading
 
@@ -76,8 +84,11 @@ def _from_quantized(wrapped, cls, args, kwargs):
         )
         given.arguments["fuse_layers"] = False
     awq = wrapped(*given.args, **given.kwargs)
-    awq.model._compensation_to_attach.attach_unchecked(awq.model)  # not there: an error
-    del awq.model._compensation_to_attach
+    if not attach_held(awq.model):
+        raise BiasCompensationError(
+            f"{given.arguments['model_path']} is compensated, but AutoAWQ loaded its weights in a "
+            "way of its own; load it with transformers or GPTQModel."
+        )
     set_flag(awq.quant_config, entry)
     return awq
 
@@ -88,24 +99,26 @@ def _load_checkpoint(wrapped, instance, args, kwargs):
     return model
 
 
+# Toolkit
+
 CONFIG = "awq.models._config:AwqConfig"
-MODEL = "awq.models.base:BaseAWQForCausalLM"
+BASE = "awq.models.base"
+MODEL = f"{BASE}:BaseAWQForCausalLM"
 QUANTIZER = "awq.quantize.quantizer"
 AUTOAWQ = Toolkit(
     name="autoawq",
-    distribution="autoawq",
-    versions=("==0.2.9",),
-    patches=(
+    supported=SUPPORTED["autoawq"],
+    config=(
         Patch(f"{CONFIG}.from_dict", _config_from_dict, ("quant_config",)),
         Patch(f"{CONFIG}.to_transformers_dict", _config_to_transformers),
+    ),
+    quantizing=(
         Patch(f"{MODEL}.quantize", _quantize, ("quant_config", "export_compatible")),
         Patch(f"{QUANTIZER}:get_calib_dataset", calibration_is_ready, ("data",)),
         Patch(f"{QUANTIZER}:apply_scale", scales_are_applied, ("module", "scales_list")),
+    ),
+    loading=(
         Patch(f"{MODEL}.from_quantized", _from_quantized, ("model_path", "fuse_layers")),
-        Patch(
-            "awq.models.base:load_checkpoint_and_dispatch",
-            _load_checkpoint,
-            ("model", "checkpoint"),
-        ),
+        Patch(f"{BASE}:load_checkpoint_and_dispatch", _load_checkpoint, ("model", "checkpoint")),
     ),
 )

@@ -9,17 +9,67 @@ from bc_plugin.config import BiasCompensationConfig
 from bc_plugin.errors import BiasCompensationError
 from bc_plugin.models.modules import copy_of
 from bc_plugin.names import KEY
+from bc_plugin.supported import SUPPORTED
 from bc_plugin.toolkits.awq import scales_are_applied
 from bc_plugin.toolkits.flag import config_to_dict, flag_of, is_entry, override_flag, set_flag
 from bc_plugin.toolkits.joint import centred_inputs, weight_of
 from bc_plugin.toolkits.load import attach_held, hold_for, load_if_any
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
-from bc_plugin.toolkits.run import CompensatedQuantization, calibration_is_ready
+from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
 from bc_plugin.toolkits.save import plain_vectors, put_vectors, take_vectors
+from bc_plugin.vectors import Compensation
 from bc_plugin.vectors.checkpoint import read_settings
-from bc_plugin.vectors.compensation import Compensation
 
-# The GPTQ object
+# Config
+
+
+def _make_config(wrapped, cls, args, kwargs):
+    flag = kwargs.pop(KEY, None)
+    # The pass needs the float weights, and the quantized ones, in one process.
+    if not is_entry(flag) and BiasCompensationConfig.parse(flag) is not None:
+        kwargs.setdefault("offload_to_disk", False)
+    config = wrapped(*args, **kwargs)
+    set_flag(config, flag)
+    return config
+
+
+# Quantizing
+
+
+def _quantize(wrapped, qmodel, args, kwargs):
+    settings = qmodel.quantize_config
+    override_flag(settings, kwargs)
+    config = flag_of(settings)
+    if config is None:
+        return wrapped(*args, **kwargs)
+    if settings.method not in ("gptq", "awq"):
+        raise BiasCompensationError(
+            f"bias_compensation was asked for, but GPTQModel's method {settings.method} cannot "
+            "honour it; quantize with GPTQ or AWQ, or compensate the loaded result with "
+            "bc_plugin.compensate."
+        )
+    if settings.offload_to_disk:
+        raise BiasCompensationError(
+            "bias_compensation needs the float weights in memory; pass offload_to_disk=False to "
+            "QuantizeConfig (the default where bias_compensation is given to it)."
+        )
+    return run_compensated(
+        lambda: wrapped(*args, **kwargs),
+        qmodel.model,
+        config,
+        lambda _: (qmodel.model, settings),
+        lambda block: _copy_to_run(block, qmodel),
+    )
+
+
+def _copy_to_run(block, qmodel):
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format
+
+    settings, block = qmodel.quantize_config, copy_of(block)
+    if settings.format == "gptq":
+        # As its loader does. Until then the kernels of the model in memory misread zero points.
+        convert_gptq_v1_to_v2_format(block, settings, qmodel.qlinear_kernel)
+    return block.to(settings.device.type)
 
 
 def _inputs(gptq):
@@ -61,53 +111,7 @@ def _gptq_quantize(wrapped, gptq, args, kwargs):
     return result
 
 
-# Quantizing
-
-
-def _make_config(wrapped, cls, args, kwargs):
-    flag = kwargs.pop(KEY, None)
-    # The pass needs the float weights, and the quantized ones, in one process.
-    if not is_entry(flag) and BiasCompensationConfig.parse(flag) is not None:
-        kwargs.setdefault("offload_to_disk", False)
-    config = wrapped(*args, **kwargs)
-    set_flag(config, flag)
-    return config
-
-
-def _quantize(wrapped, qmodel, args, kwargs):
-    settings = qmodel.quantize_config
-    override_flag(settings, kwargs)
-    config = flag_of(settings)
-    if config is None:
-        return wrapped(*args, **kwargs)
-    if settings.method not in ("gptq", "awq"):
-        raise BiasCompensationError(
-            f"bias_compensation was asked for, but GPTQModel's method {settings.method} cannot "
-            "honour it; quantize with GPTQ or AWQ, or compensate the loaded result with "
-            "bc_plugin.compensate."
-        )
-    if settings.offload_to_disk:
-        raise BiasCompensationError(
-            "bias_compensation needs the float weights in memory; pass offload_to_disk=False to "
-            "QuantizeConfig (the default where bias_compensation is given to it)."
-        )
-    with CompensatedQuantization(qmodel.model, config) as run:
-        result = wrapped(*args, **kwargs)
-    set_flag(settings, run.finish(qmodel.model, lambda block: _copy_to_run(block, qmodel)).entry())
-    return result
-
-
-def _copy_to_run(block, qmodel):
-    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format
-
-    settings, block = qmodel.quantize_config, copy_of(block)
-    if settings.format == "gptq":
-        # As its loader does. Until then the kernels of the model in memory misread zero points.
-        convert_gptq_v1_to_v2_format(block, settings, qmodel.qlinear_kernel)
-    return block.to(settings.device.type)
-
-
-# Saving and loading
+# Saving
 
 
 def _save_quantized(wrapped, qmodel, args, kwargs):
@@ -126,6 +130,9 @@ def _model_to_save(wrapped, qmodel, args, kwargs):
     if is_entry(entry):
         put_vectors(load_if_any(qmodel.model_local_path), model)
     return model
+
+
+# Loading
 
 
 def _from_quantized(wrapped, cls, args, kwargs):
@@ -154,30 +161,34 @@ def _post_init(wrapped, instance, args, kwargs):
     return model
 
 
+# Toolkit
+
 CONFIG = "gptqmodel.quantization.config"
 GPTQ = "gptqmodel.quantization.gptq:GPTQ"
 MODEL = "gptqmodel.models.base:BaseQModel"
+AWQ = "gptqmodel.looper.awq_processor"
 LOADER = "gptqmodel.models.loader"
 GPTQMODEL = Toolkit(
     name="gptqmodel",
-    distribution="gptqmodel",
-    versions=(">=7.4,<7.8",),
-    patches=(
+    supported=SUPPORTED["gptqmodel"],
+    config=(
+        Patch(f"{CONFIG}:QuantizeConfigMeta.__call__", _make_config, ("kwargs",)),
+        Patch(f"{CONFIG}:BaseQuantizeConfig.to_dict", config_to_dict),
+    ),
+    quantizing=(
+        Patch(f"{MODEL}.quantize", _quantize, ("calibration",)),
+        Patch(f"{MODEL}.prepare_dataset", calibration_is_ready, ("calibration_dataset",)),
         Patch(f"{GPTQ}.add_batch", _add_batch, ("inp", "out")),
         Patch(f"{GPTQ}.adopt_hessian_from", _adopt_hessian, ("leader",)),
         Patch(f"{GPTQ}.finalize_hessian", _finalize_hessian),
         Patch(f"{GPTQ}.quantize", _gptq_quantize),
-        Patch(f"{CONFIG}:QuantizeConfigMeta.__call__", _make_config, ("kwargs",)),
-        Patch(f"{CONFIG}:BaseQuantizeConfig.to_dict", config_to_dict),
-        Patch(f"{MODEL}.quantize", _quantize, ("calibration",)),
-        Patch(f"{MODEL}.prepare_dataset", calibration_is_ready, ("calibration_dataset",)),
-        Patch(
-            "gptqmodel.looper.awq_processor:apply_scale",
-            scales_are_applied,
-            ("module", "scales_list"),
-        ),
+        Patch(f"{AWQ}:apply_scale", scales_are_applied, ("module", "scales_list")),
+    ),
+    saving=(
         Patch(f"{MODEL}.save_quantized", _save_quantized, ("save_dir",)),
         Patch(f"{MODEL}.get_model_with_quantize", _model_to_save, ("model_id_or_path",)),
+    ),
+    loading=(
         Patch(f"{MODEL}.from_quantized", _from_quantized, ("model_id_or_path",)),
         Patch(
             f"{LOADER}:load_checkpoint_in_model_then_tie_weights",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from bc_plugin.names import KEY
+from bc_plugin.supported import SUPPORTED
 from bc_plugin.toolkits.flag import flag_of, is_entry, set_flag
 from bc_plugin.toolkits.load import attach_held, hold_for
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
-from bc_plugin.toolkits.run import CompensatedQuantization, calibration_is_ready
+from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
+
+# Config
 
 
 def _init(wrapped, quantizer, args, kwargs):
@@ -16,14 +19,19 @@ def _init(wrapped, quantizer, args, kwargs):
         quantizer.serialization_keys.append(KEY)
 
 
+# Quantizing
+
+
 def _quantize_model(wrapped, quantizer, args, kwargs):
-    config = flag_of(quantizer)
-    if config is None:
-        return wrapped(*args, **kwargs)
-    with CompensatedQuantization(argument("model", 0, args, kwargs), config) as run:
-        model = wrapped(*args, **kwargs)
-    set_flag(quantizer, run.finish(model).entry())
-    return model
+    return run_compensated(
+        lambda: wrapped(*args, **kwargs),
+        argument("model", 0, args, kwargs),
+        flag_of(quantizer),
+        lambda quantized: (quantized, quantizer),
+    )
+
+
+# Saving
 
 
 def _save(wrapped, quantizer, args, kwargs):
@@ -35,6 +43,9 @@ def _save(wrapped, quantizer, args, kwargs):
         # newer one's name in config.json, so that loaders would misread them.
         config["format"] = "gptq"
     return wrapped(*args, **kwargs)
+
+
+# Loading
 
 
 def _load_checkpoint(wrapped, instance, args, kwargs):
@@ -50,19 +61,23 @@ def _post_init_model(wrapped, quantizer, args, kwargs):
     return model
 
 
+# Toolkit
+
 MODULE = "optimum.gptq.quantizer"
+QUANTIZER = f"{MODULE}:GPTQQuantizer"
 OPTIMUM = Toolkit(
     name="optimum",
-    distribution="optimum",
-    versions=("==2.0.*", ">=2.3,<2.4"),
+    supported=SUPPORTED["optimum"],
     # Else GPTQConfig would swallow the flag without a word; and the GPTQ objects are theirs.
     needs=("transformers", "gptqmodel", "auto_gptq"),
-    patches=(
-        Patch(f"{MODULE}:GPTQQuantizer.__init__", _init, ("bits", "kwargs")),
-        Patch(f"{MODULE}:GPTQQuantizer.quantize_model", _quantize_model, ("model", "tokenizer")),
+    config=(Patch(f"{QUANTIZER}.__init__", _init, ("bits", "kwargs")),),
+    quantizing=(
+        Patch(f"{QUANTIZER}.quantize_model", _quantize_model, ("model", "tokenizer")),
         Patch(f"{MODULE}:prepare_dataset", calibration_is_ready, ("examples",)),
-        Patch(f"{MODULE}:GPTQQuantizer.save", _save, ("model", "save_dir")),
+    ),
+    saving=(Patch(f"{QUANTIZER}.save", _save, ("model", "save_dir")),),
+    loading=(
         Patch(f"{MODULE}:load_checkpoint_and_dispatch", _load_checkpoint, ("checkpoint",)),
-        Patch(f"{MODULE}:GPTQQuantizer.post_init_model", _post_init_model, ("model",)),
+        Patch(f"{QUANTIZER}.post_init_model", _post_init_model, ("model",)),
     ),
 )

@@ -1,17 +1,22 @@
-"""transformers: ``GPTQConfig(bias_compensation=...)`` and ``from_pretrained``."""
+"""transformers: ``GPTQConfig(bias_compensation=...)`` and ``from_pretrained``.
+
+What quantizes is Optimum, and what saves the vectors is the model's own state dict.
+"""
 
 from __future__ import annotations
 
-from contextvars import ContextVar
+from pathlib import Path
 
 from bc_plugin.errors import BiasCompensationError
+from bc_plugin.marks import mark, unmark
 from bc_plugin.names import KEY
+from bc_plugin.supported import SUPPORTED
 from bc_plugin.toolkits.flag import config_to_dict, flag_of, set_flag
-from bc_plugin.toolkits.load import fit_to, read_compensation
+from bc_plugin.toolkits.load import attach_around, files_read, fit_to, read_compensation
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
+from bc_plugin.vectors import Compensation
 
-# The files of the checkpoint that from_pretrained is about to read.
-_files: ContextVar[tuple[str, ...]] = ContextVar("files", default=())
+# Config
 
 
 def _config_init(wrapped, config, args, kwargs):
@@ -27,6 +32,9 @@ def _config_from_dict(wrapped, cls, args, kwargs):
     return config
 
 
+# Quantizing
+
+
 def _merge_configs(wrapped, instance, args, kwargs):
     if flag_of(argument("quantization_config_from_args", 1, args, kwargs)) is not None:
         raise BiasCompensationError(
@@ -37,9 +45,26 @@ def _merge_configs(wrapped, instance, args, kwargs):
     return wrapped(*args, **kwargs)
 
 
+def _check_asked(quantizer):
+    """What was asked for has to reach somebody who does it."""
+    if flag_of(quantizer.quantization_config) is None:
+        return
+    if flag_of(getattr(quantizer, "optimum_quantizer", None)) is None:
+        raise BiasCompensationError(
+            f"bias_compensation was asked for, but {type(quantizer).__name__} cannot honour "
+            "it. Quantize with GPTQConfig, or quantize first and compensate the result with "
+            "bc_plugin.compensate."
+        )
+
+
+# Saving: nothing to do
+
+# Loading
+
+
 def _resolve_files(wrapped, instance, args, kwargs):
     files, metadata = wrapped(*args, **kwargs)
-    _files.set(tuple(files or ()))
+    files_read.set(tuple(map(Path, files or ())))
     return files, metadata
 
 
@@ -55,62 +80,51 @@ def _expect(model, pattern):
 def _before_loading(wrapped, quantizer, args, kwargs):
     model = argument("model", 0, args, kwargs)
     result = wrapped(*args, **kwargs)
-    quantizer.compensation = None
-    if quantizer.pre_quantized:
-        entry = getattr(quantizer.quantization_config, KEY, None)
-        compensation = read_compensation(entry, _files.get())
-        if compensation is not None:
-            quantizer.compensation = fit_to(compensation, model)
-            _expect(model, rf"\.{KEY}$")
-    elif flag_of(quantizer.quantization_config) is not None:
-        toolkit = getattr(quantizer, "optimum_quantizer", None)
-        if flag_of(toolkit) is None:
-            raise BiasCompensationError(
-                f"bias_compensation was asked for, but {type(quantizer).__name__} cannot honour "
-                "it. Quantize with GPTQConfig, or quantize first and compensate the result with "
-                "bc_plugin.compensate."
-            )
+    if not quantizer.pre_quantized:
+        _check_asked(quantizer)
+        return result
+    entry = getattr(quantizer.quantization_config, KEY, None)
+    compensation = read_compensation(entry, files_read.get() or ())
+    if compensation is not None:
+        mark(model, fit_to(compensation, model))
+        _expect(model, rf"\.{KEY}$")
     return result
 
 
 def _after_loading(wrapped, quantizer, args, kwargs):
     model = argument("model", 0, args, kwargs)
-    compensation = getattr(quantizer, "compensation", None)
-    if compensation is None:
-        return wrapped(*args, **kwargs)
-    # Before the kernels' own initialisation, which may repack the weights the digest is taken of.
-    compensation.check(model)
-    result = wrapped(*args, **kwargs)
-    compensation.attach_unchecked(model)
-    return result
+    compensation = unmark(model, Compensation)
+    return attach_around(lambda: wrapped(*args, **kwargs), model, compensation)
 
 
-BASE = "transformers.quantizers.base:HfQuantizer"
+# Toolkit
+
+CONFIGS = "transformers.utils.quantization_config"
+AUTO = "transformers.quantizers.auto"
+QUANTIZER = "transformers.quantizers.base:HfQuantizer"
 TRANSFORMERS = Toolkit(
     name="transformers",
-    distribution="transformers",
-    versions=("==4.57.*", ">=5.16,<5.24"),
+    supported=SUPPORTED["transformers"],
     needs=("optimum",),
-    patches=(
+    config=(
+        Patch(f"{CONFIGS}:GPTQConfig.__init__", _config_init, ("kwargs",)),
+        Patch(f"{CONFIGS}:CompressedTensorsConfig.to_dict", config_to_dict),
         Patch(
-            "transformers.utils.quantization_config:GPTQConfig.__init__", _config_init, ("kwargs",)
-        ),
-        Patch(
-            "transformers.utils.quantization_config:CompressedTensorsConfig.to_dict",
-            config_to_dict,
-        ),
-        Patch(
-            "transformers.quantizers.auto:AutoQuantizationConfig.from_dict",
+            f"{AUTO}:AutoQuantizationConfig.from_dict",
             _config_from_dict,
             ("quantization_config_dict",),
         ),
+    ),
+    quantizing=(
         Patch(
-            "transformers.quantizers.auto:AutoHfQuantizer.merge_quantization_configs",
+            f"{AUTO}:AutoHfQuantizer.merge_quantization_configs",
             _merge_configs,
             ("quantization_config", "quantization_config_from_args"),
         ),
+    ),
+    loading=(
         Patch("transformers.modeling_utils:_get_resolved_checkpoint_files", _resolve_files),
-        Patch(f"{BASE}.preprocess_model", _before_loading, ("model", "kwargs")),
-        Patch(f"{BASE}.postprocess_model", _after_loading, ("model",)),
+        Patch(f"{QUANTIZER}.preprocess_model", _before_loading, ("model", "kwargs")),
+        Patch(f"{QUANTIZER}.postprocess_model", _after_loading, ("model",)),
     ),
 )

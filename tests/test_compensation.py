@@ -47,9 +47,9 @@ def test_attach_then_detach_gives_the_same_outputs_bit_for_bit(architecture, pos
 def test_a_plain_bias_leaves_a_linears_forward_alone(architecture):
     quantized, compensation = _pair(architecture, positions=0)
     compensation.attach(quantized)
-    for name, errors in compensation.errors.items():
+    for name, kind in compensation.kinds.items():
         module = quantized.get_submodule(name)
-        assert ("forward" in vars(module)) == (errors.kind == "block")
+        assert ("forward" in vars(module)) == (kind == "block")
 
 
 def test_only_vectors_are_added_to_the_state_dict():

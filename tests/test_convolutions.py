@@ -41,7 +41,7 @@ def test_the_error_falls_by_exactly_the_squared_mean_of_each_channel(pair, posit
     shift, errors = shifts(*pair), compensation.errors[NAME]
     mean = shift.mean((0, 1))
     torch.testing.assert_close(compensation.vectors[NAME], -mean[None], rtol=1e-9, atol=1e-12)
-    assert errors.kind == "convolution"
+    assert compensation.kinds[NAME] == "convolution"
     assert errors.before == pytest.approx(shift.square().mean().item(), rel=1e-9)
     drop = mean.square().mean().item()
     assert errors.before - errors.after == pytest.approx(drop, rel=1e-9)

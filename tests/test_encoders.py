@@ -65,7 +65,7 @@ def test_a_linear_may_quantize_its_input_too(kind):
     ]
     config = {"positions": 0, "dtype": "float64", "held_out": 0}
     compensation = bc_plugin.compensate(quantized, model, batches, config)
-    linears = [n for n, errors in compensation.errors.items() if errors.kind == "linear"]
+    linears = [n for n, kind in compensation.kinds.items() if kind == "linear"]
     assert len(linears) == 12
     for name, shift in mean_shifts(model, quantized, linears, batches).items():
         vector, errors = compensation.vectors[name][0], compensation.errors[name]

@@ -15,8 +15,8 @@ ROOT = Path(bc_plugin.__file__).parent
 PATCHES = ROOT.parent / "patches"
 # From the ground up. A package stands for all of its files; "" is the package itself.
 BANDS = (
-    ("errors", "names"),
-    ("files", "config"),
+    ("errors", "names", "marks"),
+    ("files", "config", "supported"),
     ("models",),
     ("vectors", "calibration"),
     ("shift", "refinement", "engines"),

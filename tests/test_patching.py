@@ -6,6 +6,7 @@ from types import ModuleType
 import pytest
 
 from bc_plugin import BiasCompensationError, disable, enable, enabled
+from bc_plugin.supported import Supported
 from bc_plugin.toolkits.patch import Patch, Toolkit
 
 
@@ -44,7 +45,8 @@ def toolkits(monkeypatch):
 
     def add(name, distribution="torch", versions=(">=1",), targets=NAMES, parameters=(), needs=()):
         patches = tuple(Patch(f"made_for_tests:Class.{t}", _negated, parameters) for t in targets)
-        known[name] = Toolkit(name, distribution, versions, patches, needs)
+        supported = Supported(distribution, versions)
+        known[name] = Toolkit(name, supported, quantizing=patches, needs=needs)
 
     monkeypatch.setattr(sys.modules["bc_plugin.enable"], "_toolkits", lambda: known)
     yield add

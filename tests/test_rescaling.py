@@ -8,9 +8,10 @@ import torch
 from models import crudely_quantized, tiny_model, token_batches
 
 import bc_plugin
+from bc_plugin.marks import mark, mark_of
 from bc_plugin.models.blocks import find_blocks
 from bc_plugin.shift.rescaling import Rescaling
-from bc_plugin.toolkits.awq import RECORD, record
+from bc_plugin.toolkits.awq import record
 
 EXACT = {"dtype": "float64", "held_out": 0, "positions": 0}
 GROUPS = (
@@ -30,7 +31,7 @@ def _rescaled(model):
     generator = torch.Generator().manual_seed(1)
     for name in find_blocks(model).names:
         block = model.get_submodule(name)
-        setattr(block, RECORD, records.setdefault(name, Rescaling()))
+        mark(block, records.setdefault(name, Rescaling()))
         moved = []
         for source, linears in GROUPS:
             width = block.get_submodule(linears[0]).in_features
@@ -87,7 +88,7 @@ def test_without_a_record_only_blocks_are_compensated_and_it_says_so(pair, recor
         found = bc_plugin.compensate(
             quantized, model, token_batches(), EXACT, rescalings=empty if records == "empty" else {}
         )
-    assert {errors.kind for errors in found.errors.values()} == {"block"}
+    assert set(found.kinds.values()) == {"block"}
 
 
 def test_half_precision_is_not_taken_for_rescaling():
@@ -96,10 +97,10 @@ def test_half_precision_is_not_taken_for_rescaling():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = bc_plugin.compensate(quantized, model, token_batches())
-    assert {errors.kind for errors in found.errors.values()} == {"linear", "block"}
+    assert set(found.kinds.values()) == {"linear", "block"}
 
 
 def test_a_block_that_is_not_marked_is_left_alone():
     block = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
     record(block, [("a", ["b"], torch.ones(2))])
-    assert RECORD not in vars(block)
+    assert mark_of(block, Rescaling) is None

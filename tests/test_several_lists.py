@@ -149,7 +149,7 @@ def test_every_stage_is_fed_what_the_float_model_gives_it():
     quantized = crudely_quantized(model)
     batches = [{"pixel_values": batch["pixel_values"].double()} for batch in inputs("swin", 3)]
     compensation = bc_plugin.compensate(quantized, model, batches, EXACT)
-    linears = [n for n, errors in compensation.errors.items() if errors.kind == "linear"]
+    linears = [n for n, kind in compensation.kinds.items() if kind == "linear"]
     assert "swin.encoder.layers.0.downsample.reduction" in linears
     assert "classifier" not in compensation.vectors
     check_linears(compensation, mean_shifts(model, quantized, linears, batches))
@@ -161,7 +161,7 @@ def test_padding_counts_on_neither_side_of_cross_attention(kind):
     quantized = crudely_quantized(model)
     batches = padded(kind)
     compensation = bc_plugin.compensate(quantized, model, batches, EXACT)
-    linears = [n for n, errors in compensation.errors.items() if errors.kind == "linear"]
+    linears = [n for n, kind in compensation.kinds.items() if kind == "linear"]
     own = {"detr": 5, "t5": 7, "bart": 7}[kind]  # tokens of the decoder
 
     def real(tokens):  # of the encoder's the second half of the second row is padding
@@ -172,7 +172,7 @@ def test_padding_counts_on_neither_side_of_cross_attention(kind):
         "decoder" in name and name.endswith(("v_proj", "EncDecAttention.v")) for name in expected
     )
     check_linears(compensation, expected)
-    assert {errors.kind for errors in compensation.errors.values()} >= {"linear", "block"}
+    assert set(compensation.kinds.values()) >= {"linear", "block"}
 
 
 def test_padding_that_cannot_be_told_apart_is_refused():

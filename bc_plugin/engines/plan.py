@@ -65,7 +65,7 @@ def make_plan(
     factor = architecture.factor(config)
     for name, vectors in compensation.vectors.items():
         vector = vectors[0].double()
-        if compensation.errors[name].kind == "block":
+        if compensation.kinds[name] == "block":
             if architecture.last is None or factor is None:
                 plan.left[name] = "no bias stands for the output of a block"
                 continue

@@ -35,13 +35,7 @@ def verify(source: Path, exported: Path, whole: Compensation, plan: Plan, device
     if attached is not None:
         attached.detach(model)
     whole.check(model)
-    carried = Compensation(
-        {name: whole.vectors[name] for name in plan.carried},
-        {name: whole.errors[name] for name in plan.carried},
-        whole.positions,
-        whole.blocks,
-        whole.digest,
-    )
+    carried = whole.only(plan.carried)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=generator)
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype

@@ -32,6 +32,11 @@ class LiveBlocks:
         yield block if device_of(block) == device else copy.deepcopy(block).to(device)
 
 
+def float_blocks_of(model: nn.Module | BlockSnapshot) -> LiveBlocks | BlockSnapshot:
+    """The blocks of a float model, be it still there or a snapshot."""
+    return LiveBlocks(model) if isinstance(model, nn.Module) else model
+
+
 class BlockSnapshot:
     """The weights of a model's blocks, kept before a toolkit overwrites them.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -56,7 +57,36 @@ def copy_of(block: nn.Module) -> nn.Module:
     return twin
 
 
-def stored_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+@contextmanager
+def alongside(
+    model: nn.Module,
+    quantized: Mapping[str, nn.Module],
+    prepare: Callable[[str, Tensor], Tensor],
+    compare: Callable[[str, Tensor, Tensor], None],
+) -> Iterator[None]:
+    """While it lasts, what goes into a float module also goes through a quantized one.
+
+    Args:
+        model: Runs the float modules.
+        quantized: By path in ``model``.
+        prepare: From a path and the float module's input, the quantized module's.
+        compare: Called with the path and both outputs, the float one first.
+    """
+
+    def hook_of(path: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+        def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
+            compare(path, output, quantized[path](prepare(path, args[0])))
+
+        return hook
+
+    with ExitStack() as hooks:
+        for path in quantized:
+            handle = model.get_submodule(path).register_forward_hook(hook_of(path))
+            hooks.callback(handle.remove)
+        yield
+
+
+def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers, by name.
 
     Not through ``state_dict``: some kernels (bitsandbytes) repack their weights back for it, in

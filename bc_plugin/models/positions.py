@@ -135,6 +135,52 @@ def rows_of(rows: Tensor, hidden: Tensor) -> Tensor:
     return rows.to(hidden.device).reshape(tokens)
 
 
+def site_index(
+    name: str, positions: int, tokens: torch.Size, own: Tensor, context: Tensor | None
+) -> Tensor:
+    """The index of every token that a site within a block gives while it is measured.
+
+    Args:
+        name: The site's, for errors.
+        positions: Number of leading positions with a vector of their own.
+        tokens: Shape of what it gives, without the features.
+        own, context: Indices of the block's own tokens, and of those it attends to beside them.
+
+    Raises:
+        BiasCompensationError: they are other tokens, so that their positions, or which of them
+            are padding, are unknown.
+    """
+    if tokens == own.shape or tokens == (own.numel(),):
+        if context is not None and own.shape == context.shape:
+            _require_equal(name, positions, own, context)
+        return own
+    if positions:
+        raise BiasCompensationError(
+            f"{name} gives tokens of shape {tuple(tokens)} where its block has "
+            f"{tuple(own.shape)}, as in windowed or cross-attention, so their positions are "
+            "unknown. Compensate with positions=0, or only blocks with sites='block'."
+        )
+    if context is not None and tokens == context.shape:
+        return context
+    # Windows, or a table of relative positions (Swin v2). A single dimension holds the tokens
+    # routed to an expert, which are others in the quantized model.
+    if len(tokens) > 1 and not bool((own < 0).any()):
+        return torch.zeros(tokens, dtype=torch.int64, device=own.device)
+    raise BiasCompensationError(
+        f"expected outputs of shape {tuple(own.shape)} + (features,) from {name}; it "
+        f"gives {tuple(tokens)} + (features,), of which it is unknown what is padding."
+    )
+
+
+def _require_equal(name: str, positions: int, own: Tensor, context: Tensor) -> None:
+    rows = [vector_rows(index, positions) for index in (own, context)]
+    if not torch.equal(*rows) or not torch.equal(own < 0, context < 0):
+        raise BiasCompensationError(
+            f"{name}: as many tokens are attended to across as there are, but padded "
+            "differently, so whose tokens a site gives is unknown. Calibrate without padding."
+        )
+
+
 class PositionTracker:
     """Knows, while a model runs, which row of the table each token uses.
 
@@ -176,3 +222,24 @@ class PositionTracker:
         """Forward pre-hook for the first block, where no argument of the model has tokens."""
         if self.waiting:
             self.observe(plain_index(args[0] if args else kwargs["hidden_states"]))
+
+
+def run_rows(tracker: PositionTracker, values: Tensor, name: str = "") -> Tensor:
+    """The row of each token of ``values`` while a toolkit quantizes, (tokens,).
+
+    Raises:
+        BiasCompensationError: they are other tokens than its block was given.
+    """
+    tokens = values.shape[:-1].numel()
+    rows = tracker.rows
+    if rows is not None and rows.numel() == tokens:
+        return rows.to(values.device).flatten()
+    if rows is None:
+        return torch.full((tokens,), tracker.positions, device=values.device)
+    if values.dim() == 3:  # one sequence, its padding taken out
+        index = torch.arange(values.shape[1], device=values.device).expand(values.shape[:2])
+        return vector_rows(index, tracker.positions).flatten()
+    raise BiasCompensationError(
+        f"{name} sees {tokens} of {rows.numel()} tokens, so their positions are unknown; quantize "
+        "with bias_compensation={'positions': 0} or {'joint': False}."
+    )

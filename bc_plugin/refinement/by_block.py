@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..errors import BiasCompensationError
 from ..models.blocks import Blocks, find_blocks
 from ..models.calls import BlockCalls, record_calls, skipped_blocks
-from ..models.float_blocks import BlockSnapshot, LiveBlocks
+from ..models.float_blocks import BlockSnapshot, float_blocks_of
 from ..models.modules import device_of, dtype_of
 from ..models.positions import PositionTracker
 from ..models.predictions import next_token_log_probabilities
@@ -49,7 +49,7 @@ def train_by_block(
             f"{type(float_model).__name__}."
         )
     blocks = find_blocks(model, compensation.blocks)
-    source = LiveBlocks(float_model) if live else float_model
+    source = float_blocks_of(float_model)
     start = float_model if live else model
     with torch.no_grad():
         stream = list(record_calls(start, blocks, data.batches, device_of(start)))

@@ -105,6 +105,6 @@ def merged_blocks(model: nn.Module, compensation: Compensation) -> set[str]:
         return set()
     return {
         name
-        for name, errors in compensation.errors.items()
-        if errors.kind == "block" and f"{name}.{architecture.last}" in compensation.vectors
+        for name, kind in compensation.kinds.items()
+        if kind == "block" and f"{name}.{architecture.last}" in compensation.vectors
     }

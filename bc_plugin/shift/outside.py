@@ -8,14 +8,13 @@ row by row; a class token is not in its output, so it has no row.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
 from ..models.calls import Batch, call_model
-from ..models.modules import device_of
+from ..models.modules import alongside, device_of
 from .statistics import Site
 
 
@@ -54,34 +53,28 @@ def measure_outside(
     sites: dict[str, Site] = {}
     now_apart = False
 
-    def measure(name: str):
-        module = quantized[name]
+    def prepare(name: str, inputs: Tensor) -> Tensor:
+        return inputs.to(device_of(quantized[name]), dtype)
 
-        def hook(original: nn.Module, args: tuple, output: Tensor) -> None:
-            shifted = module(args[0].to(device_of(module), dtype))
-            reference = output.to(shifted.device)
-            places = 1
-            if kinds[name] == "convolution":
-                reference, shifted = reference.movedim(-3, -1), shifted.movedim(-3, -1)
-                if per_patch and cuts_patches(original):
-                    places = reference.shape[-3:-1].numel()
-            site = sites.setdefault(name, Site(name, kinds[name], places - 1))
-            if site.positions != places - 1:
-                raise BiasCompensationError(
-                    f"{name} cuts images into {site.positions + 1} patches and into {places}; "
-                    'positions="all" needs images of one size. Resize them, or use positions=1.'
-                )
-            tokens = reference.shape[:-1].numel()
-            rows = torch.arange(tokens, device=shifted.device) % places
-            site.add(reference, shifted, rows, None, now_apart)
+    def compare(name: str, output: Tensor, shifted: Tensor) -> None:
+        reference = output.to(shifted.device)
+        places = 1
+        if kinds[name] == "convolution":
+            reference, shifted = reference.movedim(-3, -1), shifted.movedim(-3, -1)
+            if per_patch and cuts_patches(float_model.get_submodule(name)):
+                places = reference.shape[-3:-1].numel()
+        site = sites.setdefault(name, Site(name, kinds[name], places - 1))
+        if site.positions != places - 1:
+            raise BiasCompensationError(
+                f"{name} cuts images into {site.positions + 1} patches and into {places}; "
+                'positions="all" needs images of one size. Resize them, or use positions=1.'
+            )
+        tokens = reference.shape[:-1].numel()
+        rows = torch.arange(tokens, device=shifted.device) % places
+        site.add(reference, shifted, rows, None, now_apart)
 
-        return hook
-
-    with ExitStack() as hooks:
-        for name in quantized:
-            handle = float_model.get_submodule(name).register_forward_hook(measure(name))
-            hooks.callback(handle.remove)
-        for now_apart, batches in ((False, fitted), (True, apart)):  # noqa: B007, hooks read it
+    with alongside(float_model, quantized, prepare, compare):
+        for now_apart, batches in ((False, fitted), (True, apart)):  # noqa: B007, compare reads it
             for batch in batches:
                 call_model(float_model, batch, device_of(float_model))
     return sites

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import BiasCompensationError
 from ..models.calls import BlockCalls
-from ..models.positions import vector_rows
+from ..models.positions import site_index, vector_rows
 
 
 class Site:
@@ -36,42 +36,13 @@ class Site:
             BiasCompensationError: the shapes differ, or are those of tokens whose positions, or
                 whose padding, are unknown.
         """
-        index = self._index(batch, reference.shape[:-1]).to(output.device).flatten()
+        index = site_index(
+            self.name, self.positions, reference.shape[:-1], batch.index, batch.context
+        )
+        index = index.to(output.device).flatten()
         rows = vector_rows(index, self.positions)
         keep = index >= 0
         self.add(reference, output, rows, None if bool(keep.all()) else keep, batch.apart)
-
-    def _index(self, batch: BlockCalls, tokens: torch.Size) -> Tensor:
-        """The index of every token of the site, as in ``BlockCalls``."""
-        own, context = batch.index, batch.context
-        if tokens == own.shape or tokens == (own.numel(),):
-            if context is not None and own.shape == context.shape:
-                self._require_equal(own, context)
-            return own
-        if self.positions:
-            raise BiasCompensationError(
-                f"{self.name} gives tokens of shape {tuple(tokens)} where its block has "
-                f"{tuple(own.shape)}, as in windowed or cross-attention, so their positions are "
-                "unknown. Compensate with positions=0, or only blocks with sites='block'."
-            )
-        if context is not None and tokens == context.shape:
-            return context
-        # Windows, or a table of relative positions (Swin v2). A single dimension holds the tokens
-        # routed to an expert, which are others in the quantized model.
-        if len(tokens) > 1 and not bool((own < 0).any()):
-            return torch.zeros(tokens, dtype=torch.int64, device=own.device)
-        raise BiasCompensationError(
-            f"expected outputs of shape {tuple(own.shape)} + (features,) from {self.name}; it "
-            f"gives {tuple(tokens)} + (features,), of which it is unknown what is padding."
-        )
-
-    def _require_equal(self, own: Tensor, context: Tensor) -> None:
-        rows = [vector_rows(index, self.positions) for index in (own, context)]
-        if not torch.equal(*rows) or not torch.equal(own < 0, context < 0):
-            raise BiasCompensationError(
-                f"{self.name}: as many tokens are attended to across as there are, but padded "
-                "differently, so whose tokens a site gives is unknown. Calibrate without padding."
-            )
 
     def add(
         self, reference: Tensor, output: Tensor, rows: Tensor, keep: Tensor | None, apart: bool

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import nn
 
+from ..marks import mark_of
+from ..shift.rescaling import Rescaling
 from .patch import argument
-
-RECORD = "_rescaling"
 
 
 def record(block: nn.Module, scales: Iterable[tuple[Any, ...]]) -> None:
     """Note scales about to be applied to a block that a compensated run has marked."""
-    rescaling = vars(block).get(RECORD)
+    rescaling = mark_of(block, Rescaling)
     if rescaling is not None:
         rescaling.add(block, scales)
 

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BiasCompensationError
+from ..marks import mark, mark_of, unmark
 from ..models.blocks import Blocks
 from ..models.modules import linears_of
-from ..models.positions import PositionTracker, call_arguments, token_index, vector_rows
-
-STATE = "_joint_inputs"
+from ..models.positions import PositionTracker, call_arguments, run_rows, token_index
 
 
 class JointGPTQ:
@@ -41,9 +39,8 @@ class JointGPTQ:
             block = model.get_submodule(name)
             self.handles.append(block.register_forward_pre_hook(self._observe, with_kwargs=True))
             for path, linear in linears_of(block):
-                # On the weight itself: toolkits quantize in threads of their own, and GPTQModel
-                # puts another module around it.
-                setattr(linear.weight, STATE, CentredInputs(self, f"{name}.{path}"))
+                # By its weight, since GPTQModel puts another module around it.
+                mark(linear.weight, CentredInputs(self, f"{name}.{path}"))
                 self.weights.append(linear.weight)
 
     def _observe(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -57,7 +54,7 @@ class JointGPTQ:
         self.quantized += 1
 
         def hook(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            rows = _rows(self.tracker, output)
+            rows = run_rows(self.tracker, output)
             return output + bias[rows].view(output.shape).to(output.dtype)
 
         self.handles.append(linear.register_forward_hook(hook))
@@ -67,7 +64,7 @@ class JointGPTQ:
         while self.handles:
             self.handles.pop().remove()
         while self.weights:
-            delattr(self.weights.pop(), STATE)
+            unmark(self.weights.pop(), CentredInputs)
 
 
 class CentredInputs:
@@ -90,7 +87,7 @@ class CentredInputs:
         """``inputs``, (..., features), those of later positions without the estimate."""
         flat = inputs.reshape(-1, inputs.shape[-1]).to(torch.float64, copy=True)
         positions = self.joint.tracker.positions
-        rows = _rows(self.joint.tracker, inputs, self.name)
+        rows = run_rows(self.joint.tracker, inputs, self.name)
         if self.total is None:
             self.total = flat.new_zeros((positions + 1, flat.shape[-1]))
             self.count = flat.new_zeros(positions + 1)
@@ -130,26 +127,9 @@ class CentredInputs:
 
 def centred_inputs(linear: nn.Module) -> CentredInputs | None:
     """What a linear was given when a bias-aware run began; None outside of one."""
-    return getattr(linear.weight, STATE, None)
+    return mark_of(linear.weight, CentredInputs)
 
 
 def weight_of(linear: nn.Module) -> Tensor:
     """A copy of the weight, which quantizing overwrites."""
     return linear.weight.detach().clone()
-
-
-def _rows(tracker: PositionTracker, values: Tensor, name: str = "") -> Tensor:
-    """The row of each token of ``values``, (tokens,)."""
-    tokens = values.shape[:-1].numel()
-    rows = tracker.rows
-    if rows is not None and rows.numel() == tokens:
-        return rows.to(values.device).flatten()
-    if rows is None:
-        return torch.full((tokens,), tracker.positions, device=values.device)
-    if values.dim() == 3:  # one sequence, its padding taken out
-        index = torch.arange(values.shape[1], device=values.device).expand(values.shape[:2])
-        return vector_rows(index, tracker.positions).flatten()
-    raise BiasCompensationError(
-        f"{name} sees {tokens} of {rows.numel()} tokens, so their positions are unknown; quantize "
-        "with bias_compensation={'positions': 0} or {'joint': False}."
-    )

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from ..errors import BiasCompensationError
+from ..marks import mark, unmark
 from ..names import KEY
-from ..vectors.checkpoint import checkpoint_files, read_entry, read_vectors
+from ..vectors.checkpoint import checkpoint_files, read_settings, read_vectors
 from ..vectors.compensation import Compensation
+
+R = TypeVar("R")
+
+# The files of the checkpoint that a loader is reading, where it tells of them.
+files_read: ContextVar[tuple[Path, ...] | None] = ContextVar("files_read", default=None)
 
 
 def read_compensation(
@@ -40,7 +47,7 @@ def read_compensation(
 
 def load_if_any(folder: str | Path) -> Compensation | None:
     """The compensation of the checkpoint in ``folder``, None when it has none."""
-    return read_compensation(read_entry(folder), checkpoint_files(folder))
+    return read_compensation(read_settings(folder).get(KEY), checkpoint_files(folder))
 
 
 def hold_for(model: nn.Module, checkpoint: str | Path) -> None:
@@ -55,14 +62,32 @@ def hold_for(model: nn.Module, checkpoint: str | Path) -> None:
     compensation = load_if_any(path if path.is_dir() else path.parent)
     if compensation is not None:
         compensation.check(model)
-        model._compensation_to_attach = compensation
+        mark(model, compensation)
 
 
-def attach_held(model: nn.Module) -> None:
-    """Attach what ``hold_for`` kept, if anything."""
-    if hasattr(model, "_compensation_to_attach"):
-        model._compensation_to_attach.attach_unchecked(model)
-        del model._compensation_to_attach
+def attach_held(model: nn.Module) -> bool:
+    """Attach what ``hold_for`` kept; whether there was anything."""
+    compensation = unmark(model, Compensation)
+    if compensation is not None:
+        compensation.attach_unchecked(model)
+    return compensation is not None
+
+
+def attach_around(
+    initialise: Callable[[], R], model: nn.Module, compensation: Compensation | None
+) -> R:
+    """Attach around the initialisation of kernels, for a toolkit where one function does it.
+
+    Args:
+        initialise: The toolkit's own call; returns what is returned.
+        compensation: None where there is none.
+    """
+    if compensation is None:
+        return initialise()
+    compensation.check(model)
+    result = initialise()
+    compensation.attach_unchecked(model)
+    return result
 
 
 def fit_to(compensation: Compensation, model: nn.Module) -> Compensation:
@@ -72,12 +97,4 @@ def fit_to(compensation: Compensation, model: nn.Module) -> Compensation:
     blocks = compensation.blocks
     if names.issuperset(blocks) or not all(path.startswith(prefix) for path in blocks):
         return compensation
-    return Compensation(
-        {name.removeprefix(prefix): v for name, v in compensation.vectors.items()},
-        {name.removeprefix(prefix): e for name, e in compensation.errors.items()},
-        compensation.positions,
-        [path.removeprefix(prefix) for path in blocks],
-        compensation.digest,
-        compensation.joint,
-        compensation.refined,
-    )
+    return compensation.renamed(lambda name: name.removeprefix(prefix))

@@ -6,13 +6,12 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import wrapt
-from packaging.specifiers import SpecifierSet
 
 from ..errors import BiasCompensationError
+from ..supported import Supported
 
 _ABSENT = object()
 
@@ -36,69 +35,64 @@ class Patch:
     wrapper: Callable[..., Any]
     parameters: tuple[str, ...] = ()
 
+    @property
+    def module(self) -> str:
+        """The module that holds the function."""
+        return self.target.partition(":")[0]
+
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A toolkit that can be patched.
+    """A toolkit that can be patched, in the four places that compensation passes through.
 
     Attributes:
         name: What ``enable`` calls it.
-        distribution: Its name on the package index.
-        versions: Ranges of versions its patches were written for and tested with.
-        patches: What to wrap.
+        supported: The versions its patches were written for and tested with.
+        config: Patches by which its config object takes the flag, and keeps it.
+        quantizing: Those around its quantization.
+        saving: Those by which the vectors get into a checkpoint; none where they do by themselves.
+        loading: Those by which they are put in place again.
         needs: Toolkits that have to be patched along with it, where they are installed.
     """
 
     name: str
-    distribution: str
-    versions: tuple[str, ...]
-    patches: tuple[Patch, ...]
+    supported: Supported
+    config: tuple[Patch, ...] = ()
+    quantizing: tuple[Patch, ...] = ()
+    saving: tuple[Patch, ...] = ()
+    loading: tuple[Patch, ...] = ()
     needs: tuple[str, ...] = ()
 
     @property
-    def version(self) -> str | None:
-        """The installed version, None when it is not installed."""
-        try:
-            return metadata.version(self.distribution)
-        except metadata.PackageNotFoundError:
-            return None
-
-    def check_version(self) -> None:
-        """Refuse a version that the patches were not written for."""
-        works = " or ".join(f'"{self.distribution}{range_}"' for range_ in self.versions)
-        advice = f"bias compensation works with {works} (pip install one of them)"
-        if self.version is None:
-            raise BiasCompensationError(f"{self.distribution} is not installed; {advice}.")
-        if not any(
-            SpecifierSet(range_).contains(self.version, prereleases=True)
-            for range_ in self.versions
-        ):
-            raise BiasCompensationError(
-                f"{self.distribution} {self.version} is not supported; {advice}, or enable other "
-                "toolkits by name."
-            )
+    def patches(self) -> tuple[Patch, ...]:
+        """All of them."""
+        return (*self.config, *self.quantizing, *self.saving, *self.loading)
 
 
 class Applied:
-    """A patch in place, with what is needed to take it out again."""
+    """A patch of an imported toolkit, with what is needed to take it out again.
+
+    Raises:
+        BiasCompensationError: there is no such function, or it has other parameters.
+    """
 
     def __init__(self, toolkit: Toolkit, patch: Patch) -> None:
+        release = f"{toolkit.supported.distribution} {toolkit.supported.version}"
         module, _, path = patch.target.partition(":")
         try:
             found = wrapt.resolve_path(importlib.import_module(module), path)
         except (ImportError, AttributeError) as error:
             raise BiasCompensationError(
-                f"{toolkit.distribution} {toolkit.version} has no {patch.target} ({error}); its "
-                "installation differs from the release, reinstall it."
+                f"{release} has no {patch.target} ({error}); its installation differs from the "
+                "release, reinstall it."
             ) from error
         parent, self.attribute, original = found
-        missing = set(patch.parameters) - set(
-            inspect.signature(getattr(parent, self.attribute)).parameters
-        )
+        signature = inspect.signature(getattr(parent, self.attribute))
+        missing = sorted(set(patch.parameters) - set(signature.parameters))
         if missing:
             raise BiasCompensationError(
-                f"{patch.target} of {toolkit.distribution} {toolkit.version} has no parameter "
-                f"{sorted(missing)}; its installation differs from the release, reinstall it."
+                f"{patch.target} of {release} has no parameter {missing}; its installation differs "
+                "from the release, reinstall it."
             )
         self.parent = parent
         # What stands in the class itself: an inherited function must become inherited again.
@@ -108,9 +102,11 @@ class Applied:
         )
 
     def apply(self) -> None:
+        """Put the wrapper in the function's place."""
         setattr(self.parent, self.attribute, self.wrapped)
 
     def undo(self) -> None:
+        """Put the function back."""
         if self.before is _ABSENT:
             delattr(self.parent, self.attribute)
         else:

@@ -1,11 +1,11 @@
-"""The life of the ``bias_compensation`` flag inside a toolkit, the same for all of them."""
+"""A toolkit's quantization with compensation around it, the same for all of them."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..calibration.stream import prepare_stream
 from ..compensate import compensate
 from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
+from ..marks import mark, unmark
 from ..models.blocks import find_blocks
 from ..models.calls import call_model
 from ..models.float_blocks import BlockSnapshot
@@ -23,8 +24,10 @@ from ..refinement.config import RefinementConfig
 from ..refinement.float_logits import FloatLogits
 from ..shift.rescaling import Rescaling
 from ..vectors.compensation import Compensation
-from .awq import RECORD
+from .flag import set_flag
 from .joint import JointGPTQ
+
+R = TypeVar("R")
 
 # Functions deep inside a toolkit's run find what belongs to it here.
 _running: ContextVar[CompensatedQuantization | None] = ContextVar("running", default=None)
@@ -57,15 +60,14 @@ class CompensatedQuantization:
 
     def __exit__(self, *exception: Any) -> None:
         _running.reset(self._token)
-        if exception[0] is not None:
-            self._scratch.cleanup()
+        self._scratch.cleanup()
         self._leave_model()
 
     def _leave_model(self) -> None:
         if self.joint is not None:
             self.joint.stop()
         for name in self.rescalings:
-            vars(self.model.get_submodule(name)).pop(RECORD, None)
+            unmark(self.model.get_submodule(name), Rescaling)
 
     def start(self, calibration: Sequence[Mapping[str, Any] | Tensor]) -> None:
         """Check the calibration data and keep the float weights, before anything is quantized."""
@@ -83,7 +85,7 @@ class CompensatedQuantization:
             self.joint = JointGPTQ(self.model, self.blocks, positions)
         for name in self.blocks.names:
             self.rescalings[name] = Rescaling()
-            setattr(self.model.get_submodule(name), RECORD, self.rescalings[name])
+            mark(self.model.get_submodule(name), self.rescalings[name])
 
     @torch.no_grad()
     def _check(self) -> int:
@@ -103,8 +105,7 @@ class CompensatedQuantization:
         """Compute the compensation and attach it.
 
         Args:
-            copy_to_run: Makes of a block a copy that computes what the block will compute once it
-                was saved and loaded.
+            copy_to_run: As ``run_compensated`` has it.
         """
         if self.calibration is None or self.float_blocks is None:
             raise BiasCompensationError(
@@ -121,18 +122,44 @@ class CompensatedQuantization:
             copy_to_run=copy_to_run,
         )
         compensation.joint = self.joint is not None and self.joint.quantized > 0
-        with self._scratch:
-            if self.refinement is not None:
-                compensation = train_vectors(
-                    quantized,
-                    compensation,
-                    self.float_logits or self.float_blocks,
-                    self.calibration,
-                    self.refinement,
-                    copy_to_run=copy_to_run,
-                )
+        if self.refinement is not None:
+            compensation = train_vectors(
+                quantized,
+                compensation,
+                self.float_logits or self.float_blocks,
+                self.calibration,
+                self.refinement,
+                copy_to_run=copy_to_run,
+            )
         compensation.attach(quantized)
         return compensation
+
+
+def run_compensated(
+    quantize: Callable[[], R],
+    model: nn.Module,
+    config: BiasCompensationConfig | None,
+    outcome: Callable[[R], tuple[nn.Module, Any]],
+    copy_to_run: Callable[[nn.Module], nn.Module] = copy_of,
+) -> R:
+    """A toolkit's quantization, with compensation where it was asked for.
+
+    Args:
+        quantize: The toolkit's own call; returns what is returned.
+        model: The float model, about to be overwritten.
+        config: What was asked for, if anything.
+        outcome: From what ``quantize`` returned, the quantized model, and the toolkit's config
+            object, which is given the compensation's entry.
+        copy_to_run: Makes of a quantized block a copy that computes what the block will compute
+            once it was saved and loaded.
+    """
+    if config is None:
+        return quantize()
+    with CompensatedQuantization(model, config) as run:
+        result = quantize()
+        quantized, settings = outcome(result)
+        set_flag(settings, run.finish(quantized, copy_to_run).entry())
+    return result
 
 
 def is_running() -> bool:

@@ -1,6 +1,6 @@
 """Compensation vectors: what they are, where they are kept, how they are put in place."""
 
 from .compensation import Compensation
-from .entry import SiteErrors
+from .contents import SiteErrors
 
 __all__ = ["Compensation", "SiteErrors"]

@@ -6,16 +6,22 @@ on the site's own module, so whatever saves or moves the model saves and moves t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
-from ..models.modules import ReplacedForward
+from ..models.blocks import find_block_lists
+from ..models.modules import ReplacedForward, device_of, dtype_of
 from ..models.positions import PositionTracker, rows_of
 from ..names import KEY
+from .contents import Contents
+from .entry import entry_of, set_entry
 from .merge import MergedBias, kernel_adds_bias
+
+ATTRIBUTE = "_bias_compensation"
 
 
 class AttachedSite:
@@ -116,3 +122,60 @@ class CompensatedConvolution(ReplacedForward):
                 "one with positions=1."
             )
         return (output + vectors.T.view(-1, height, width)).to(output.dtype)
+
+
+@dataclass
+class Attachment:
+    """A compensation in place in a model, with what is needed to take it out again.
+
+    The model itself has it, as ``_bias_compensation``, so that a copy of the model has its own.
+    """
+
+    compensation: Contents
+    sites: list[AttachedSite | AttachedConvolution]
+    handles: list[Any]
+
+    def undo(self) -> None:
+        """Take out everything."""
+        for site in self.sites:
+            site.detach()
+        for handle in self.handles:
+            handle.remove()
+
+
+def attach(compensation: Contents, model: nn.Module) -> None:
+    """See ``Compensation.attach_unchecked``."""
+    if hasattr(model, ATTRIBUTE):
+        raise BiasCompensationError("the model is compensated already; detach that first.")
+    dtype = dtype_of(model)
+    tracker = PositionTracker(compensation.positions)
+    handles = []
+    for blocks in find_block_lists(model, compensation.blocks):
+        first = model.get_submodule(blocks.names[0])
+        handles += tracker.listen(model.get_submodule(blocks.owner), first)
+    sites: list[AttachedSite | AttachedConvolution] = []
+    for name, vectors in compensation.vectors.items():
+        module = model.get_submodule(name)
+        vectors = vectors.to(device_of(module))
+        if compensation.kinds[name] == "convolution":
+            sites.append(AttachedConvolution(module, vectors))
+        else:
+            sites.append(AttachedSite(module, vectors, tracker, dtype))
+    setattr(model, ATTRIBUTE, Attachment(compensation, sites, handles))
+    set_entry(model, entry_of(compensation))
+
+
+def detach(compensation: Contents, model: nn.Module) -> None:
+    """See ``Compensation.detach``."""
+    attached = attached_to(model)
+    if attached is None or attached.digest != compensation.digest:
+        raise BiasCompensationError("this compensation is not attached to the model.")
+    getattr(model, ATTRIBUTE).undo()
+    delattr(model, ATTRIBUTE)
+    set_entry(model, None)
+
+
+def attached_to(model: nn.Module) -> Any:
+    """The compensation in place in ``model``, None where there is none."""
+    attachment = getattr(model, ATTRIBUTE, None)
+    return None if attachment is None else attachment.compensation

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..names import KEY, SUFFIX
+from ..names import SUFFIX
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
@@ -29,11 +29,6 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
         if settings:
             return settings
     return {}
-
-
-def read_entry(folder: str | Path) -> dict[str, Any] | None:
-    """The ``bias_compensation`` entry of a checkpoint, None when it has none."""
-    return read_settings(folder).get(KEY)
 
 
 def read_vectors(files: Iterable[str | Path]) -> dict[str, Tensor]:

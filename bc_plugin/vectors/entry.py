@@ -1,48 +1,102 @@
-"""The ``bias_compensation`` entry of a checkpoint's quantization config."""
+"""The ``bias_compensation`` entry of a checkpoint's quantization config.
+
+Site names are written short, and errors as one string per group of sites, to keep it small.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..errors import BiasCompensationError
 from ..names import KEY
-from .short_names import expand
+from .contents import Contents, SiteErrors
+from .short_names import collapse, expand
 
 FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True)
-class SiteErrors:
-    """Mean squared error of one site's output, per value, against the float model.
+def entry_of(compensation: Contents) -> dict[str, Any]:
+    """The entry of a compensation, as JSON-ready values."""
+    groups = collapse(compensation.vectors)
+    errors = {
+        short: {
+            field: " ".join(_number(getattr(compensation.errors[name], field)) for name in names)
+            for field in ("before", "after", "held_out_before", "held_out_after")
+        }
+        for short, names in groups.items()
+    }
+    sites: dict[str, list[str]] = {}
+    for short, names in groups.items():
+        sites.setdefault(compensation.kinds[names[0]], []).append(short)
+    blocks = compensation.blocks
+    return {
+        "format_version": FORMAT_VERSION,
+        "positions": compensation.positions,
+        "blocks": blocks[0] if len(blocks) == 1 else list(blocks),
+        "sites": sites,
+        "joint": compensation.joint,
+        "refined": compensation.refined,
+        "digest": compensation.digest,
+        "errors": errors,
+    }
 
-    Attributes:
-        kind: ``"linear"``, ``"block"`` or ``"convolution"``.
-        before, after: Without and with its vectors, on the tokens they were fitted to.
-        held_out_before, held_out_after: The same on tokens kept apart; None where none were.
+
+def read_entry(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """An entry and the tensors that it announces, as arguments of ``Compensation``.
+
+    Args:
+        entry: As ``entry_of`` gave it.
+        tensors: By site name.
+
+    Raises:
+        BiasCompensationError: the format is newer, the entry is damaged, or tensors are missing or
+            superfluous.
     """
-
-    kind: str
-    before: float
-    after: float
-    held_out_before: float | None = None
-    held_out_after: float | None = None
-
-
-def written_number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def read_errors(groups: Mapping[str, Mapping[str, str]], kinds: Mapping[str, str]):
-    errors = {}
-    for short, columns in groups.items():
-        rows = zip(*(text.split() for text in columns.values()), strict=True)
-        for name, row in zip(expand(short), rows, strict=True):
-            values = [None if text == "-" else float(text) for text in row]
-            errors[name] = SiteErrors(kinds[name], **dict(zip(columns, values, strict=True)))
-    return errors
+    version = entry.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise BiasCompensationError(
+            f"the compensation has format version {version}; this bc_plugin reads up to "
+            f"{FORMAT_VERSION}. Upgrade it: pip install -U bc-plugin."
+        )
+    try:
+        kinds = {
+            name: kind
+            for kind, shorts in entry["sites"].items()
+            for short in shorts
+            for name in expand(short)
+        }
+        found = {
+            "kinds": kinds,
+            "errors": _read_errors(entry["errors"]),
+            "positions": entry["positions"],
+            "blocks": entry["blocks"],
+            "digest": entry["digest"],
+            "joint": entry.get("joint", False),
+            "refined": entry.get("refined"),
+        }
+        if set(found["errors"]) - set(kinds):
+            raise KeyError(*sorted(set(found["errors"]) - set(kinds))[:1])
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        raise BiasCompensationError(
+            f"the {KEY} entry of the quantization config is damaged ({error!r}); take it from "
+            "the original checkpoint, or compute the compensation again."
+        ) from error
+    missing = sorted(set(kinds) - set(tensors))
+    if missing:
+        raise BiasCompensationError(
+            f"{len(missing)} of {len(kinds)} compensation tensors are missing, the first is "
+            f"{missing[0]}.{KEY}; the checkpoint is incomplete, download or save it again."
+        )
+    unknown = sorted(set(tensors) - set(kinds))
+    if unknown:
+        raise BiasCompensationError(
+            f"the checkpoint has {unknown[0]}.{KEY}, which its quantization config does not "
+            "announce; the two do not belong together."
+        )
+    return {"vectors": {name: tensors[name] for name in kinds}, **found}
 
 
 def set_entry(model: nn.Module, entry: dict[str, Any] | None) -> None:
@@ -55,3 +109,17 @@ def set_entry(model: nn.Module, entry: dict[str, Any] | None) -> None:
         values.pop(KEY, None)
     else:
         values[KEY] = entry
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _read_errors(groups: Mapping[str, Mapping[str, str]]) -> dict[str, SiteErrors]:
+    errors = {}
+    for short, columns in groups.items():
+        rows = zip(*(text.split() for text in columns.values()), strict=True)
+        for name, row in zip(expand(short), rows, strict=True):
+            values = [None if text == "-" else float(text) for text in row]
+            errors[name] = SiteErrors(**dict(zip(columns, values, strict=True)))
+    return errors

@@ -105,8 +105,8 @@ class Subject:
         compensation.attach_unchecked(model)  # it is the model they were computed for
         left = [
             errors.held_out_after / errors.held_out_before
-            for errors in compensation.errors.values()
-            if errors.kind == "linear"
+            for name, errors in compensation.errors.items()
+            if compensation.kinds[name] == "linear"
         ]
         self.measure(setting, variant, model, 1 - torch.tensor(left).median())
         compensation.detach(model)

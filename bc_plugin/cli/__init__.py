@@ -1,0 +1,33 @@
+"""``bc-plugin``: quantize, compensate, refine, export, evaluate and inspect."""
+
+from __future__ import annotations
+
+import typer
+from rich.console import Console
+
+from ..errors import BiasCompensationError
+from .compensate import compensate
+from .evaluate import evaluate
+from .export import export
+from .inspect import inspect
+from .quantize import quantize
+from .refine import refine
+
+app = typer.Typer(
+    name="bc-plugin",
+    help="Bias compensation for quantized language models (Gong et al., arXiv 2404.01892).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+for command in (quantize, compensate, refine, export, evaluate, inspect):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point: errors of this package are printed without a traceback."""
+    try:
+        app()
+    except BiasCompensationError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        raise SystemExit(1) from error

@@ -1,0 +1,67 @@
+"""``bc-plugin evaluate``: perplexity, KL, agreement."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import BiasCompensationError
+from .inputs import load_model, load_tokenizer
+from .options import (
+    Dataset,
+    DeviceMap,
+    Dtype,
+    Length,
+)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name.")],
+    dataset: Dataset,
+    reference: Annotated[str | None, typer.Option(help="The float model to compare with.")] = None,
+    without_compensation: Annotated[
+        bool, typer.Option("--without-compensation", help="Take the vectors out first.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(help="About how many tokens to evaluate.")] = 12288,
+    length: Length = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = "auto",
+) -> None:
+    """Perplexity, and the mean KL divergence and top-1 agreement with the float model.
+
+    Example: `bc-plugin evaluate ./out --reference ./SmolLM2-135M --dataset text.txt --tokens 8192`
+    """
+    from .. import Compensation, enable
+    from .. import evaluate as run
+    from ..calibration.text import read_text, windows
+
+    # Toolkits print to the standard output, which is for the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        enable("transformers")
+        count = max(1, tokens // length)
+        batches = windows(read_text(dataset), load_tokenizer(reference or model), length, count)
+        loaded = load_model(model, dtype, device_map)
+        if without_compensation:
+            compensation = Compensation.attached_to(loaded)
+            if compensation is None:
+                raise BiasCompensationError(
+                    f"{model} is not compensated; drop --without-compensation."
+                )
+            compensation.detach(loaded)
+        float_model = load_model(reference, dtype, device_map) if reference else None
+        found = run(loaded, batches, float_model)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+        return
+    table = Table("perplexity", "KL from the float model (nats)", "top-1 agreement", "tokens")
+    kl = "-" if found.kl is None else f"{found.kl:.4f}"
+    top1 = "-" if found.top1 is None else f"{found.top1:.1%}"
+    table.add_row(f"{found.perplexity:.3f}", kl, top1, str(found.tokens))
+    Console().print(table)

@@ -1,0 +1,23 @@
+"""``bc-plugin inspect``: sites, sizes and errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .sites import print_sites
+
+
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A compensated checkpoint.")],
+    all_sites: Annotated[
+        bool, typer.Option("--all", help="A row per site, not per group.")
+    ] = False,
+) -> None:
+    """The sites of a compensated checkpoint, their sizes, and the error before and after.
+
+    Example: `bc-plugin inspect ./out`
+    """
+    print_sites(model, by_group=not all_sites)

@@ -1,0 +1,92 @@
+"""Sites within one block, measured on the float model's stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BiasCompensationError
+from ..models.calls import BlockCalls
+from ..models.modules import alongside, device_of, dtype_of
+from ..models.positions import PositionTracker
+from .rescaling import Rescaling
+from .statistics import Site
+
+
+def measure_linears(
+    name: str,
+    number: int,
+    reference: nn.Module,
+    quantized: nn.Module,
+    linears: Sequence[str],
+    stream: Sequence[BlockCalls],
+    positions: int,
+    rescaling: Rescaling,
+    dtype: torch.dtype,
+) -> tuple[list[Site], list[Tensor]]:
+    """Run the float block; each float linear's input also goes through the quantized one.
+
+    Args:
+        name, number: Path and number of the block.
+        reference, quantized: The float and the quantized block.
+        linears: Paths within the block of those to measure.
+        stream: What the block is called with.
+        positions: Number of leading positions with a vector of their own.
+        rescaling: The scales that were moved within the block.
+        dtype: The type the quantized model computes in.
+
+    Returns:
+        The sites, and the float block's outputs, one for each call.
+    """
+    sites = {linear: Site(f"{name}.{linear}", "linear", positions) for linear in linears}
+    current: BlockCalls | None = None
+
+    def prepare(linear: str, inputs: Tensor) -> Tensor:
+        return rescaling.input_of(linear, inputs).to(dtype)
+
+    def compare(linear: str, output: Tensor, shifted: Tensor) -> None:
+        sites[linear].update(current, output, shifted)
+
+    modules = {linear: quantized.get_submodule(linear) for linear in linears}
+    device, float_dtype = device_of(quantized), dtype_of(reference)
+    outputs = []
+    with alongside(reference, modules, prepare, compare):
+        for current in stream:
+            outputs.append(current.run(reference, number, device, float_dtype))
+            check_finite(outputs[-1], name, "float")
+    return list(sites.values()), outputs
+
+
+def measure_block(
+    name: str,
+    number: int,
+    quantized: nn.Module,
+    stream: Sequence[BlockCalls],
+    references: Sequence[Tensor],
+    tracker: PositionTracker,
+    dtype: torch.dtype,
+) -> Site:
+    """Run the quantized block, with its linears compensated, on the float stream.
+
+    Args:
+        references: What the float block gives, one for each call.
+        tracker: Of the vectors in place.
+    """
+    site = Site(name, "block", tracker.positions)
+    for calls, reference in zip(stream, references, strict=True):
+        tracker.observe(calls.index)
+        output = calls.run(quantized, number, reference.device, dtype)
+        check_finite(output, name, "quantized")
+        site.update(calls, reference, output)
+    return site
+
+
+def check_finite(output: Tensor, name: str, which: str) -> None:
+    """Refuse values that are not finite, before they get into a mean."""
+    if not bool(torch.isfinite(output).all()):
+        raise BiasCompensationError(
+            f"the {which} model's block {name!r} gives values that are not finite on the "
+            f"calibration data (type {output.dtype}); try bfloat16 or float32."
+        )

@@ -1,0 +1,60 @@
+"""The versions of toolkits that patches were written for and tested with, said once.
+
+``pyproject.toml``'s extras and the table in ``docs/toolkits.md`` are checked against this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+
+from packaging.specifiers import SpecifierSet
+
+from .errors import BiasCompensationError
+
+
+@dataclass(frozen=True)
+class Supported:
+    """Releases of one distribution.
+
+    Attributes:
+        distribution: Its name on the package index.
+        versions: Ranges of versions, any of which will do.
+    """
+
+    distribution: str
+    versions: tuple[str, ...]
+
+    @property
+    def version(self) -> str | None:
+        """The installed version, None when it is not installed."""
+        try:
+            return metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return None
+
+    def check(self) -> None:
+        """Make sure that a version is installed which is supported.
+
+        Raises:
+            BiasCompensationError: it is another one, or none.
+        """
+        works = " or ".join(f'"{self.distribution}{range_}"' for range_ in self.versions)
+        advice = f"bias compensation works with {works} (pip install one of them)"
+        version = self.version
+        if version is None:
+            raise BiasCompensationError(f"{self.distribution} is not installed; {advice}.")
+        if not any(SpecifierSet(r).contains(version, prereleases=True) for r in self.versions):
+            raise BiasCompensationError(
+                f"{self.distribution} {version} is not supported; {advice}, or enable other "
+                "toolkits by name."
+            )
+
+
+SUPPORTED = {
+    "transformers": Supported("transformers", ("==4.57.*", ">=5.16,<5.24")),
+    "optimum": Supported("optimum", ("==2.0.*", ">=2.3,<2.4")),
+    "gptqmodel": Supported("gptqmodel", (">=7.4,<7.8",)),
+    "auto_gptq": Supported("auto-gptq", ("==0.7.1",)),
+    "autoawq": Supported("autoawq", ("==0.2.9",)),
+}
