@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from .engines.as_llama import FUSED, Fused, llama_config, unfuse
 from .engines.dequantize import dequantize
@@ -50,14 +53,7 @@ def export(
     compensated = Path(compensated)
     if engine not in ENGINES:
         raise BiasCompensationError(f"engine {engine!r} is unknown; known are {list(ENGINES)}.")
-    compensation = Compensation.load(compensated)
-    if compensation.positions != 0:
-        raise BiasCompensationError(
-            f"{compensated} has a vector of its own for {compensation.positions} leading "
-            "positions, which no plain bias can hold. Make one with `bc-plugin compensate "
-            f"{compensated} FLOAT NEW --dataset TEXT --positions 0`, or quantize with "
-            "`bc-plugin quantize ... --positions 0`."
-        )
+    compensation = _read(compensated)
     config = json.loads((compensated / "config.json").read_text(encoding="utf-8"))
     fused: Fused = {}
     if as_llama:
@@ -75,15 +71,33 @@ def export(
     tensors = read_tensors(compensated)
     unfuse(tensors, fused, compensation.blocks[0])
     set_biases(tensors, plan, architecture, config, compensation)
-    settings = config.get("quantization_config")
-    if settings is not None:
-        settings.pop(KEY, None)
-        if engine == "vllm" and needs_widening(settings):
-            widen(tensors, settings)
-        elif engine == "llama.cpp":
-            dequantize(tensors, config.pop("quantization_config"), dtype_in(config))
+    _repack(tensors, config, engine)
     with new_folder(Path(out)) as part:
         write_checkpoint(part, compensated, tensors, config)
         del tensors
         verify(compensated, part, compensation, plan, device_map)
     return Path(out)
+
+
+def _read(folder: Path) -> Compensation:
+    compensation = Compensation.load(folder)
+    if compensation.positions != 0:
+        raise BiasCompensationError(
+            f"{folder} has a vector of its own for {compensation.positions} leading "
+            "positions, which no plain bias can hold. Make one with `bc-plugin compensate "
+            f"{folder} FLOAT NEW --dataset TEXT --positions 0`, or quantize with "
+            "`bc-plugin quantize ... --positions 0`."
+        )
+    return compensation
+
+
+def _repack(tensors: dict[str, Tensor], config: dict[str, Any], engine: str) -> None:
+    """Store packed weights as the engine has kernels for them."""
+    settings = config.get("quantization_config")
+    if settings is None:
+        return
+    settings.pop(KEY, None)
+    if engine == "vllm" and needs_widening(settings):
+        widen(tensors, settings)
+    elif engine == "llama.cpp":
+        dequantize(tensors, config.pop("quantization_config"), dtype_in(config))

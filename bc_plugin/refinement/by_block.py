@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -66,11 +66,7 @@ def train_by_block(
                 targets = [
                     calls.run(reference, number, device_of(block), dtype) for calls in stream
                 ]
-            own = {
-                site: block.get_submodule(site[len(name) + 1 :])
-                for site in compensation.vectors
-                if site == name or site.startswith(f"{name}.")
-            }
+            own = _sites_within(block, name, compensation)
             tracker = PositionTracker(compensation.positions)
             trainer = _Block(block, number, stream, given, targets, dtype_of(model), tracker)
             with ExitStack() as stack:
@@ -90,10 +86,10 @@ def train_by_block(
                     given = [trainer.run(number, hidden) for number, hidden in enumerate(given)]
             for calls, target in zip(stream, targets, strict=True):
                 calls.hidden = target
-    apart = {number: data.batches[number] for number in data.apart}
-    expected = {number: stream[number].hidden for number in apart}
-    before = _divergence(start, blocks, apart, expected, unrefined)
-    after = _divergence(start, blocks, apart, expected, {n: given[n] for n in apart})
+    found = {number: given[number] for number in data.apart}
+    before, after = (
+        _divergence(start, blocks, data, stream, outputs) for outputs in (unrefined, found)
+    )
     if after < before:
         return Outcome(vectors, before, after, steps)
     return Outcome(dict(compensation.vectors), before, before, steps)
@@ -147,23 +143,32 @@ def relative_error(output: Tensor, target: Tensor, index: Tensor) -> Tensor:
 def _divergence(
     model: nn.Module,
     blocks: Blocks,
-    batches: Mapping[int, Mapping[str, Tensor]],
-    expected: Mapping[int, Tensor],
+    data: RefinementData,
+    stream: Sequence[BlockCalls],
     found: Mapping[int, Tensor],
 ) -> float:
     """Mean KL divergence of next-token distributions, in nats, by what the last block gives.
 
     Args:
         model: What follows its blocks turns hidden states into predictions.
-        expected: The float stream, by batch.
-        found: The quantized stream, by batch.
+        stream: What the float blocks gave, by batch.
+        found: What the quantized blocks gave, by batch that counts.
     """
     total, tokens = 0.0, 0
-    for number, batch in batches.items():
-        with skipped_blocks(model, blocks, expected[number]):
-            log_p = next_token_log_probabilities(model, batch)
-        with skipped_blocks(model, blocks, found[number]):
-            log_q = next_token_log_probabilities(model, batch)
+    for number, hidden in found.items():
+        with skipped_blocks(model, blocks, stream[number].hidden):
+            log_p = next_token_log_probabilities(model, data.batches[number])
+        with skipped_blocks(model, blocks, hidden):
+            log_q = next_token_log_probabilities(model, data.batches[number])
         total += functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
         tokens += len(log_p)
     return total / tokens
+
+
+def _sites_within(block: nn.Module, name: str, compensation: Compensation) -> dict[str, nn.Module]:
+    """The block itself and its linears, those that have vectors, by site."""
+    return {
+        site: block.get_submodule(site[len(name) + 1 :])
+        for site in compensation.vectors
+        if site == name or site.startswith(f"{name}.")
+    }
