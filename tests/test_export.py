@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from models import crudely_quantized, tiny_model, token_batches
+from helpers.language import crudely_quantized, tiny_model, token_batches
 from transformers import AutoModelForCausalLM
 
 import bc_plugin

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import crudely_quantized, tiny_model, token_batches
+from helpers.language import crudely_quantized, tiny_model, token_batches
 from torch import nn
 
 import bc_plugin

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from models import crudely_quantized, tiny_model, token_batches
+from helpers.language import crudely_quantized, tiny_model, token_batches
 from safetensors.torch import load_file, save_file
 from torch import nn
 

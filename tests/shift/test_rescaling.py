@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from models import crudely_quantized, tiny_model, token_batches
+from helpers.language import crudely_quantized, tiny_model, token_batches
 
 import bc_plugin
 from bc_plugin.models.blocks import find_blocks

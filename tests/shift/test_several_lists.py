@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from images import inputs, mean_shifts, tiny
-from models import crudely_quantized
+from helpers.images import inputs, mean_shifts, tiny
+from helpers.language import crudely_quantized
 from torch import nn
 from transformers import BartConfig, BartModel, T5Config, T5Model
 
