@@ -97,9 +97,3 @@ def test_half_precision_is_not_taken_for_rescaling():
         warnings.simplefilter("error")
         found = bc_plugin.compensate(quantized, model, token_batches())
     assert {errors.kind for errors in found.errors.values()} == {"linear", "block"}
-
-
-def test_a_block_that_is_not_marked_is_left_alone():
-    block = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
-    record(block, [("a", ["b"], torch.ones(2))])
-    assert RECORD not in vars(block)
