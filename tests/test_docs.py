@@ -14,6 +14,7 @@ from helpers.pages import Block, Page, code_in, first_columns
 
 import bc_plugin
 from bc_plugin import BiasCompensationConfig
+from bc_plugin.supported import SUPPORTED
 
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path: Page(path, path.relative_to(ROOT).as_posix()) for path in PATHS}
@@ -75,6 +76,21 @@ def test_the_settings_are_those_of_the_config():
     assert rows
     for key, default in rows:
         assert known[key.strip("`")] == ast.literal_eval(default.strip("`")), key
+
+
+@pytest.mark.parametrize("toolkit", SUPPORTED.values(), ids=SUPPORTED)
+def test_the_versions_are_those_supported(toolkit):
+    section = PAGES[ROOT / "docs" / "toolkits.md"].sections["versions"]
+    for versions in toolkit.versions:
+        assert f"{toolkit.distribution} {_said(versions)}" in section
+
+
+def _said(versions):
+    """``>=5.16,<5.24`` in words: 5.16-5.23."""
+    first, _, end = versions.lstrip(">=").removesuffix(".*").partition(",<")
+    major, _, minor = end.rpartition(".")
+    last = f"{major}.{int(minor) - 1}" if end else first
+    return first if first == last else f"{first}-{last}"
 
 
 def test_every_part_of_the_package_has_its_line():
