@@ -23,16 +23,17 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import real
 import torch
 from rich.console import Console
 from rich.table import Table
+from rig.folders import CACHE
+from rig.subjects import real
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
 import bc_plugin
 from bc_plugin import Compensation
 
-FOLDER = real.CACHE / "demo"
+FOLDER = CACHE / "demo"
 BITS, GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 3, 64, 32, 512, 12
 # Plain GPTQ as in its paper: asymmetric, columns in their natural order, one percent of damping.
 LABELS = {

@@ -22,18 +22,19 @@ from collections.abc import Callable
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
-import real
 import torch
 from rich.console import Console
 from rich.table import Table
-from toolkits import TOOLKITS
+from rig.folders import CACHE
+from rig.quantizers.pipelines import PIPELINES
+from rig.subjects import real
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bc_plugin
 from bc_plugin import Compensation, FloatLogits, RefinementConfig
 from bc_plugin.calibration.sample import sample_from
 
-FOLDER = real.CACHE / "comparison"
+FOLDER = CACHE / "comparison"
 GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 64, 32, 512, 12
 # What is trained sees more text than what is computed: 64 steps of 2,048 tokens, each seen twice.
 REFINED_SAMPLES, STEPS = 128, 64
@@ -111,17 +112,17 @@ class Part:
 
     def quantized(self, name: str, flag, **changes) -> float:
         """Quantize with gptqmodel and save, unless that was done before; returns the seconds."""
-        toolkit = TOOLKITS["gptqmodel"]
+        pipeline = PIPELINES["gptqmodel"]
         folder = self.folder / name.replace(" ", "-")
         record = folder / "seconds.json"
         if not record.exists():
             shutil.rmtree(folder, ignore_errors=True)
             torch.manual_seed(0)
-            settings = {"bits": self.bits, "group_size": GROUP_SIZE, **toolkit.settings, **changes}
+            settings = {"bits": self.bits, "group_size": GROUP_SIZE, **pipeline.settings, **changes}
             start = time.perf_counter()
-            qmodel = toolkit.quantize(str(self.source), self.calibration, flag, settings)
+            qmodel = pipeline.quantize(str(self.source), self.calibration, flag, settings)
             seconds = time.perf_counter() - start
-            toolkit.save(qmodel, folder)
+            pipeline.save(qmodel, folder)
             record.write_text(json.dumps(seconds))
         return json.loads(record.read_text())
 

@@ -18,15 +18,12 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import fashion
-import qat
-import real
 import torch
-import trained_vit
-import uniform
-import with_quanto
 from rich.console import Console
 from rich.table import Table
+from rig.folders import CACHE
+from rig.quantizers import qat, uniform, with_quanto
+from rig.subjects import fashion, real, trained_vit
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -34,7 +31,7 @@ from transformers import AutoTokenizer, BertModel
 
 import bc_plugin
 
-FOLDER = real.CACHE / "vision"
+FOLDER = CACHE / "vision"
 VARIANTS = {"none": None, "BC 1": 1, "BC all": "all"}
 GRIDS = {"uniform": uniform.asymmetric, "symmetric": uniform.symmetric}
 WIDTHS = {
