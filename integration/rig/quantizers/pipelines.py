@@ -1,4 +1,4 @@
-"""Every toolkit behind the same three functions, for the tests and benchmarks that treat them alike.
+"""Every toolkit behind the same three functions, for tests and benchmarks that treat them alike.
 
 Calibration data is a list of ``{"input_ids", "attention_mask"}`` with one sequence each. Every
 toolkit has a file of its own here, which imports it only when called.

@@ -1,4 +1,4 @@
-"""AutoGPTQ, in float32: CPUs multiply float16 many times slower."""
+"""AutoGPTQ's own pipeline."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""AutoAWQ, whose loader gives weights in float16."""
+"""AutoAWQ's own pipeline."""
 
 import torch
 
@@ -27,7 +27,5 @@ def save(awq, folder):
 def load(folder):
     from awq import AutoAWQForCausalLM
 
-    awq = AutoAWQForCausalLM.from_quantized(
-        str(folder), device_map={"": "cpu"}, fuse_layers=False
-    )
+    awq = AutoAWQForCausalLM.from_quantized(str(folder), device_map={"": "cpu"}, fuse_layers=False)
     return awq.model

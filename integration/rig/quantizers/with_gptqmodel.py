@@ -1,4 +1,5 @@
-"""GPTQModel: GPTQ, and AWQ."""
+"""GPTQModel's own pipeline, for GPTQ and for AWQ."""
+
 
 def quantize(source, calibration, flag, settings):
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig

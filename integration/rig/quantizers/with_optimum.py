@@ -1,5 +1,6 @@
 """Optimum's own quantizer; transformers loads what it saves."""
 
+
 def quantize(source, calibration, flag, settings):
     from optimum.gptq import GPTQQuantizer
     from transformers import AutoModelForCausalLM
