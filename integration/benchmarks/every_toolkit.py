@@ -20,17 +20,18 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
-import real
 import torch
 from rich.console import Console
 from rich.table import Table
-from toolkits import TOOLKITS, model_of
+from rig.folders import CACHE
+from rig.quantizers.pipelines import PIPELINES, model_of
+from rig.subjects import real
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bc_plugin
 from bc_plugin import Compensation, RefinementConfig
 
-FOLDER = real.CACHE / "every_toolkit"
+FOLDER = CACHE / "every_toolkit"
 GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 64, 32, 512, 12
 REFINED_SAMPLES = 128
 PARTS = [(name, bits) for bits in (3, 4) for name in ("gptqmodel", "transformers", "auto_gptq")] + [
@@ -48,7 +49,7 @@ class Measurement:
     """One toolkit at one width, on the same calibration data and the same held-out tokens."""
 
     def __init__(self, name: str, bits: int) -> None:
-        self.toolkit, self.bits = TOOLKITS[name], bits
+        self.pipeline, self.bits = PIPELINES[name], bits
         self.source = real.smollm2()
         self.tokenizer = AutoTokenizer.from_pretrained(self.source)
         self.calibration = real.calibration_windows(self.tokenizer, LENGTH, SAMPLES)
@@ -64,7 +65,7 @@ class Measurement:
         if set(self.wanted()) <= set(self.found):
             return
         self.evaluate("float", self.reference)
-        if "awq" in self.toolkit.name:  # the scales it moves are known only while it runs
+        if "awq" in self.pipeline.name:  # the scales it moves are known only while it runs
             for positions in reversed(self.positions):
                 model = self.quantized({"positions": positions})
                 self.evaluate(f"BC {positions}", model)
@@ -81,7 +82,7 @@ class Measurement:
 
     def wanted(self) -> list[str]:
         """What this part of the table consists of."""
-        awq = "awq" in self.toolkit.name
+        awq = "awq" in self.pipeline.name
         kinds = ("BC",) if awq else ("BC", "joint")
         variants = [f"{kind} {p}" for kind in kinds for p in self.positions]
         refined = ["refined 1"] if awq else []
@@ -115,21 +116,21 @@ class Measurement:
         self.evaluate("none", model)
 
     def folder(self) -> Path:
-        return FOLDER / f"{self.toolkit.name}-{self.bits}"
+        return FOLDER / f"{self.pipeline.name}-{self.bits}"
 
     def quantized(self, flag):
         """Quantized with the toolkit's option, saved, and loaded again."""
         torch.manual_seed(0)
         folder = self.folder()
         shutil.rmtree(folder, ignore_errors=True)
-        settings = {"bits": self.bits, "group_size": GROUP_SIZE, **self.toolkit.settings}
-        if self.toolkit.name == "transformers":
+        settings = {"bits": self.bits, "group_size": GROUP_SIZE, **self.pipeline.settings}
+        if self.pipeline.name == "transformers":
             settings["modules_in_block_to_quantize"] = real.TOGETHER
-        result = self.toolkit.quantize(str(self.source), self.calibration, flag, settings)
+        result = self.pipeline.quantize(str(self.source), self.calibration, flag, settings)
         attached = Compensation.attached_to(model_of(result))
         assert (attached is not None) == (flag is not None)
-        self.toolkit.save(result, folder)
-        return self.toolkit.load(folder)
+        self.pipeline.save(result, folder)
+        return self.pipeline.load(folder)
 
     def evaluate(self, variant: str, model) -> None:
         reference = None if model is self.reference else self.reference
@@ -144,7 +145,7 @@ def result_of(name: str, bits: int) -> Path:
 
 def measure(name: str, bits: int) -> None:
     bc_plugin.enable()
-    with TOOLKITS[name].on_cpu():
+    with PIPELINES[name].on_cpu():
         Measurement(name, bits).run()
 
 
@@ -181,7 +182,7 @@ def print_table(parts) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", nargs=2, metavar=("NAME", "BITS"))
-    parser.add_argument("--only", choices=TOOLKITS)
+    parser.add_argument("--only", choices=PIPELINES)
     parser.add_argument("--legacy", help="the Python of the environment that has AutoGPTQ")
     parser.add_argument("--again", action="store_true")
     given = parser.parse_args()
@@ -193,7 +194,7 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     parts = [part for part in PARTS if given.only in (None, part[0])]
     for name, bits in parts:
-        python = sys.executable if TOOLKITS[name].installed else given.legacy
+        python = sys.executable if PIPELINES[name].installed else given.legacy
         if python is None:
             parser.error(f"{name} is not in this environment; pass --legacy")
         subprocess.run([python, __file__, "--measure", name, str(bits)], check=True)

@@ -16,13 +16,13 @@ import shutil
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
-import real
-import tiny
 import torch
 from rich.console import Console
 from rich.table import Table
-from test_vllm import log_probabilities
-from toolkits import TOOLKITS
+from rig.engines.with_vllm import log_probabilities
+from rig.folders import CACHE
+from rig.quantizers.pipelines import PIPELINES
+from rig.subjects import real, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bc_plugin
@@ -30,19 +30,19 @@ from bc_plugin import Compensation
 from bc_plugin.engines.plain import read_tensors, write_checkpoint
 from bc_plugin.engines.widen import widen
 
-FOLDER = real.CACHE / "serving"
+FOLDER = CACHE / "serving"
 BITS, GROUP_SIZE, SAMPLES, LENGTH, EVALUATED, GENERATED = 3, 64, 32, 512, 12, 64
 
 
 def prepare(calibration: list) -> None:
     """A compensated checkpoint, its export, and the same weights without compensation."""
-    toolkit = TOOLKITS["gptqmodel"]
-    settings = {"bits": BITS, "group_size": GROUP_SIZE, **toolkit.settings}
+    pipeline = PIPELINES["gptqmodel"]
+    settings = {"bits": BITS, "group_size": GROUP_SIZE, **pipeline.settings}
     bc_plugin.enable()
     # Not jointly, so that the weights without vectors are worth comparing.
     flag = {"positions": 0, "joint": False}
-    result = toolkit.quantize(str(real.smollm2()), calibration, flag, settings)
-    toolkit.save(result, FOLDER / "compensated")
+    result = pipeline.quantize(str(real.smollm2()), calibration, flag, settings)
+    pipeline.save(result, FOLDER / "compensated")
     bc_plugin.disable()
     bc_plugin.export(FOLDER / "compensated", FOLDER / "with", engine="vllm")
     config = json.loads((FOLDER / "compensated" / "config.json").read_text())

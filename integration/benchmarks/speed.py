@@ -21,10 +21,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GPTQ_TORCH_CACHE_WEIGHTS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-import real
 import torch
 from rich.console import Console
 from rich.table import Table
+from rig.folders import CACHE
 from transformers import AutoModelForCausalLM
 
 from bc_plugin import Compensation
@@ -46,7 +46,7 @@ def _seconds_per_token(model, ids: torch.Tensor) -> float:
 
 def main() -> None:
     torch.manual_seed(0)
-    demo = real.CACHE / "demo"
+    demo = CACHE / "demo"
     ids = torch.randint(3, 40_000, (1, 64))
     model = AutoModelForCausalLM.from_pretrained(demo / "GPTQ")
     variants = {

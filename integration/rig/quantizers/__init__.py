@@ -1,0 +1,1 @@
+"""Who quantizes: every toolkit, and quantizers for the studies."""

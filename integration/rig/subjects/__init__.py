@@ -1,0 +1,1 @@
+"""What is quantized: real models and data, and tiny ones."""

@@ -1,0 +1,71 @@
+"""Exported checkpoints in vLLM, in its own environment (``make test-vllm`` builds it)."""
+
+import pytest
+import torch
+
+pytest.importorskip("gptqmodel", reason="needs the gptq extra")
+
+from rig.engines.with_vllm import VLLM, log_probabilities
+from rig.quantizers.pipelines import PIPELINES
+from rig.subjects import tiny
+from rig.subjects.tiny import sequences, tiny_checkpoint, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+import bc_plugin
+from bc_plugin import BiasCompensationError
+
+if not VLLM.exists():
+    pytest.skip("needs vLLM's environment: make setup-vllm", allow_module_level=True)
+
+
+def _by_transformers(folder, ids):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return tiny.log_probabilities(model, torch.tensor(ids))
+
+
+def _exported(folder, architecture, **options):
+    """A compensated tiny model, and what is exported of it."""
+    pipeline = PIPELINES["gptqmodel"]
+    (folder / "float").mkdir()
+    tiny_tokenizer().save_pretrained(folder / "float")
+    source = tiny_checkpoint(folder / "float", architecture, torch.bfloat16)
+    # Two bits, so that the vectors are well above the engine's rounding.
+    settings = {"bits": 2, "group_size": 32, **pipeline.settings}
+    bc_plugin.enable()
+    try:
+        result = pipeline.quantize(source, sequences(), {"positions": 0, "joint": False}, settings)
+        pipeline.save(result, folder / "in")
+    finally:
+        bc_plugin.disable()
+    bc_plugin.export(folder / "in", folder / "out", engine="vllm", **options)
+    return folder / "in", folder / "out"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [("llama", {}), ("opt", {}), ("qwen2", {"allow_partial": True}), ("qwen2", {"as_llama": True})],
+    ids=["llama", "opt", "qwen2-partial", "qwen2-as-llama"],
+)
+def test_vllm_reads_every_bias(tmp_path, architecture, options):
+    plain, exported = _exported(tmp_path, architecture, **options)
+    ids = [item["input_ids"][0].tolist() for item in sequences(4, seed=9)]
+    found = torch.tensor(log_probabilities(exported, ids, tmp_path)["log_probabilities"])
+    expected, without = (_by_transformers(folder, ids) for folder in (exported, plain))
+    assert (found - expected).norm() < 0.5 * (found - without).norm()
+
+
+def test_two_workers_read_the_same(tmp_path):
+    _, exported = _exported(tmp_path, "llama")
+    ids = [item["input_ids"][0].tolist() for item in sequences(4, seed=9)]
+    one, two = (
+        torch.tensor(
+            log_probabilities(exported, ids, tmp_path, tensor_parallel_size=n)["log_probabilities"]
+        )
+        for n in (1, 2)
+    )
+    assert (one - two).abs().mean() < 0.05  # their bfloat16 sums are split differently
+
+
+def test_what_vllm_would_drop_is_refused(tmp_path):
+    with pytest.raises(BiasCompensationError, match=r"down_proj: .*of the error"):
+        _exported(tmp_path, "qwen2")
