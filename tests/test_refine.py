@@ -10,8 +10,8 @@ from torch import nn
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation, FloatLogits, RefinementConfig
 from bc_plugin.models.blocks import find_blocks
-from bc_plugin.models.positions import PositionTracker
 from bc_plugin.models.predictions import next_token_log_probabilities
+from bc_plugin.models.tracker import PositionTracker
 from bc_plugin.refinement.data import RefinementData
 from bc_plugin.refinement.parameters import merged_blocks, trained
 from bc_plugin.refinement.train import Training, learning_rate_factor
