@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("torchao", reason="needs torchao")
 
 import qat
-from images import inputs, tiny
+from helpers.images import inputs, tiny
 
 import bc_plugin
 

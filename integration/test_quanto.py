@@ -2,14 +2,14 @@
 
 from functools import partial
 
-import images
 import pytest
 import torch
+from helpers import images
 
 pytest.importorskip("optimum.quanto", reason="needs optimum-quanto")
 
 import with_quanto
-from images import inputs, tiny
+from helpers.images import inputs, tiny
 from optimum.quanto import Calibration, qint4, qint8, quantize, quantize_activation
 
 import bc_plugin

@@ -2,11 +2,11 @@
 
 from functools import partial
 
-import images
 import pytest
 import torch
 import uniform
-from images import inputs, tiny
+from helpers import images
+from helpers.images import inputs, tiny
 
 import bc_plugin
 from bc_plugin import Compensation

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from models import ARCHITECTURES, crudely_quantized, tiny_model, token_batches
+from helpers.language import ARCHITECTURES, crudely_quantized, tiny_model, token_batches
 from torch import nn
 
 import bc_plugin

@@ -4,14 +4,12 @@ import json
 
 import pytest
 import torch
-from models import crudely_quantized, tiny_model, token_batches
+from helpers.language import crudely_quantized, tiny_model, token_batches
 from transformers import AutoModelForCausalLM
 
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation
-from bc_plugin.engines.plan import make_plan
-from bc_plugin.models.architectures import ARCHITECTURES, ENGINES
-from bc_plugin.models.blocks import find_blocks
+from bc_plugin.models.architectures import ARCHITECTURES
 
 WHOLE = {
     "llama": {},
@@ -145,34 +143,6 @@ def test_a_result_that_differs_is_deleted(tmp_path, monkeypatch):
     with pytest.raises(BiasCompensationError, match="has been deleted"):
         bc_plugin.export(tmp_path / "in", tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "in"]
-
-
-def test_a_norm_after_the_last_linear_keeps_the_blocks_vector_out():
-    model = tiny_model("opt", do_layer_norm_before=False)
-    quantized = crudely_quantized(model)
-    found = bc_plugin.compensate(quantized, model, token_batches(), {"positions": 0})
-    plan = make_plan(found, ARCHITECTURES["opt"], model.config.to_dict(), "transformers")
-    assert set(plan.left) == {f"model.decoder.layers.{i}" for i in range(3)}
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_table_names_what_exists(name):
-    """Every linear of the table is a linear of such a model, with a bias when its flag is set."""
-    from transformers import AutoConfig
-
-    architecture = ARCHITECTURES[name]
-    assert set(architecture.engines) <= set(ENGINES)
-    assert all(set(read) <= set(architecture.linears) for read in architecture.engines.values())
-    settings = {flag: True for flag in architecture.flags if flag}
-    config = AutoConfig.for_model(name, **settings)
-    config.num_hidden_layers = 1
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    block = find_blocks(model).names[0]
-    for linear in architecture.linears:
-        assert model.get_submodule(f"{block}.{linear}").bias is not None
-    if architecture.last is not None:
-        assert architecture.last in architecture.linears
 
 
 def test_an_unknown_architecture_is_refused(tmp_path):

@@ -5,8 +5,8 @@ import io
 
 import pytest
 import torch
-from images import inputs, tiny
-from models import ARCHITECTURES, crudely_quantized, tiny_model, token_batches
+from helpers.images import inputs, tiny
+from helpers.language import ARCHITECTURES, crudely_quantized, tiny_model, token_batches
 
 import bc_plugin
 from bc_plugin.models.blocks import find_blocks

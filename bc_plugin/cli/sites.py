@@ -10,7 +10,7 @@ from rich.table import Table
 
 def print_sites(folder: Path, by_group: bool) -> None:
     from .. import Compensation
-    from .vectors.short_names import collapse
+    from ..vectors.short_names import collapse
 
     compensation = Compensation.load(folder)
     rows = {row["site"]: row for row in compensation.describe()}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import BiasCompensationError
 from ..marks import mark, mark_of, unmark
 from ..models.blocks import Blocks
 from ..models.modules import linears_of

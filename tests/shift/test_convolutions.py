@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from images import inputs, tiny
-from models import crudely_quantized
+from helpers.images import inputs, tiny
+from helpers.language import crudely_quantized
 
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation

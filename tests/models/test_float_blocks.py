@@ -1,6 +1,6 @@
 import pytest
 import torch
-from models import ARCHITECTURES, crudely_quantized, tiny_model, token_batches
+from helpers.language import ARCHITECTURES, crudely_quantized, tiny_model, token_batches
 from transformers import AutoModelForCausalLM
 
 import bc_plugin

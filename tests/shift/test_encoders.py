@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from images import MODELS, inputs, mean_shifts, output, tiny
-from models import crudely_quantized
+from helpers.images import MODELS, inputs, mean_shifts, output, tiny
+from helpers.language import crudely_quantized
 from torch import nn
 
 import bc_plugin

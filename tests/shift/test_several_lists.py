@@ -2,18 +2,16 @@
 
 import pytest
 import torch
-from images import inputs, mean_shifts, tiny
-from models import crudely_quantized
+from helpers.images import inputs, mean_shifts, tiny
+from helpers.language import crudely_quantized
 from torch import nn
 from transformers import BartConfig, BartModel, T5Config, T5Model
 
 import bc_plugin
-from bc_plugin import BiasCompensationConfig, BiasCompensationError, Compensation
-from bc_plugin.models.blocks import find_block_lists, find_blocks
+from bc_plugin import BiasCompensationError, Compensation
 
 EXACT = {"positions": 0, "dtype": "float64", "held_out": 0}
 SWIN = ("swin.encoder.layers.0.blocks", "swin.encoder.layers.1.blocks")
-DETR = ("model.encoder.layers", "model.decoder.layers")
 TEXT = {"d_model": 32, "vocab_size": 96, "decoder_start_token_id": 0, "pad_token_id": 0}
 T5 = {"d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
 BART = {
@@ -59,28 +57,6 @@ def padded(kind):
     ]
 
 
-def test_stages_and_encoder_decoders_are_found():
-    swin, detr = tiny("swin"), tiny("detr")
-    assert tuple(blocks.path for blocks in find_block_lists(swin)) == SWIN
-    assert tuple(blocks.path for blocks in find_block_lists(swin, "swin.encoder.layers")) == SWIN
-    assert tuple(blocks.path for blocks in find_block_lists(detr)) == DETR
-    assert [blocks.owner for blocks in find_block_lists(detr)] == ["model.encoder", "model.decoder"]
-    with pytest.raises(BiasCompensationError, match="works on one"):
-        find_blocks(swin)
-
-
-def test_a_list_within_blocks_makes_no_stages():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.Linear(4, 4)
-            self.ffn = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(2)])
-
-    model = nn.Module()
-    model.layers = nn.ModuleList([Block() for _ in range(3)])
-    assert find_blocks(model).names == ("layers.0", "layers.1", "layers.2")
-
-
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
@@ -94,17 +70,6 @@ def test_wrong_paths_are_refused(blocks, message):
     config = {"positions": 0, "blocks": blocks}
     with pytest.raises(BiasCompensationError, match=message):
         bc_plugin.compensate(crudely_quantized(model), model, inputs("detr"), config)
-
-
-@pytest.mark.parametrize("blocks", [[], [1], 1])
-def test_settings_that_name_no_path_are_refused(blocks):
-    with pytest.raises(BiasCompensationError, match="path of a list of blocks"):
-        BiasCompensationConfig(blocks=blocks)
-
-
-def test_several_paths_survive_as_json():
-    config = BiasCompensationConfig(blocks=list(DETR))
-    assert BiasCompensationConfig.parse(config.to_dict()) == config
 
 
 @pytest.mark.parametrize("positions", [1, "all"])

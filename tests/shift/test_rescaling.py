@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
-from models import crudely_quantized, tiny_model, token_batches
+from helpers.language import crudely_quantized, tiny_model, token_batches
 
 import bc_plugin
-from bc_plugin.marks import mark, mark_of
+from bc_plugin.marks import mark
 from bc_plugin.models.blocks import find_blocks
 from bc_plugin.shift.rescaling import Rescaling
 from bc_plugin.toolkits.awq import record
@@ -98,9 +98,3 @@ def test_half_precision_is_not_taken_for_rescaling():
         warnings.simplefilter("error")
         found = bc_plugin.compensate(quantized, model, token_batches())
     assert set(found.kinds.values()) == {"linear", "block"}
-
-
-def test_a_block_that_is_not_marked_is_left_alone():
-    block = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
-    record(block, [("a", ["b"], torch.ones(2))])
-    assert mark_of(block, Rescaling) is None

@@ -1,0 +1,1 @@
+"""What several tests need: tiny models, and what is done with them again and again."""
