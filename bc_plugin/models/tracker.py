@@ -9,7 +9,7 @@ again by the hidden states, which are the same.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -197,21 +197,23 @@ class CarryingCheckpoint:
             self.tracker.leave(before)
 
 
-def track(
-    owner: nn.Module, blocks: Sequence[nn.Module], tracker: PositionTracker
-) -> Callable[[], None]:
-    """Follow every call of a model from now on; returns what ends it.
+class Tracking:
+    """Follows every call of a model, until ``undo``.
 
     Args:
         owner: Runs through the blocks.
+        blocks: Those that it runs.
     """
-    if tracker.positions == 0:
-        return lambda: None
-    forwards = [(owner, TrackedForward(owner, tracker))]
-    forwards += [(block, TrackedBlockForward(block, tracker)) for block in blocks]
 
-    def undo() -> None:
-        for module, forward in reversed(forwards):
+    def __init__(
+        self, owner: nn.Module, blocks: Iterable[nn.Module], tracker: PositionTracker
+    ) -> None:
+        self.forwards: list[tuple[nn.Module, ReplacedForward]] = []
+        if tracker.positions > 0:
+            self.forwards.append((owner, TrackedForward(owner, tracker)))
+            self.forwards += [(block, TrackedBlockForward(block, tracker)) for block in blocks]
+
+    def undo(self) -> None:
+        """Follow them no longer."""
+        for module, forward in reversed(self.forwards):
             forward.undo(module)
-
-    return undo

@@ -15,7 +15,7 @@ from ..models.blocks import find_blocks
 from ..models.calls import twin_of
 from ..models.modules import dtype_of
 from ..models.predictions import next_token_log_probabilities
-from ..models.tracker import PositionTracker, track
+from ..models.tracker import PositionTracker, Tracking
 from ..vectors.compensation import Compensation
 from .config import RefinementConfig
 from .data import RefinementData
@@ -43,7 +43,7 @@ def train_by_model(
         stack.enter_context(frozen(twin))
         modules = blocks.modules(twin)
         tracker = PositionTracker(compensation.positions)
-        stack.callback(track(twin.get_submodule(blocks.owner), modules, tracker))
+        stack.callback(Tracking(twin.get_submodule(blocks.owner), modules, tracker).undo)
         checkpointing = config.gradient_checkpointing
         stack.enter_context(differentiable(modules, dtype_of(twin), checkpointing))
         sites = stack.enter_context(

@@ -6,7 +6,6 @@ on the site's own module, so whatever saves or moves the model saves and moves t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..models.blocks import find_block_lists
 from ..models.forwards import ReplacedForward
 from ..models.modules import device_of, dtype_of
 from ..models.positions import rows_of
-from ..models.tracker import PositionTracker, track
+from ..models.tracker import PositionTracker, Tracking
 from ..names import KEY
 from .contents import Contents
 from .entry import entry_of, set_entry
@@ -138,12 +137,12 @@ class Attachment:
 
     compensation: Contents
     sites: list[AttachedSite | AttachedConvolution]
-    untrack: list[Callable[[], None]]
+    trackings: list[Tracking]
 
     def undo(self) -> None:
         """Take out everything."""
-        for untrack in reversed(self.untrack):
-            untrack()
+        for tracking in self.trackings:
+            tracking.undo()
         for site in reversed(self.sites):
             site.detach()
 
@@ -162,11 +161,11 @@ def attach(compensation: Contents, model: nn.Module) -> None:
             sites.append(AttachedConvolution(module, vectors))
         else:
             sites.append(AttachedSite(module, vectors, tracker, dtype))
-    untrack = [  # after the sites: a block run again has to find its rows first
-        track(model.get_submodule(blocks.owner), blocks.modules(model), tracker)
+    trackings = [  # after the sites: a block run again has to find its rows first
+        Tracking(model.get_submodule(blocks.owner), blocks.modules(model), tracker)
         for blocks in find_block_lists(model, compensation.blocks)
     ]
-    setattr(model, ATTRIBUTE, Attachment(compensation, sites, untrack))
+    setattr(model, ATTRIBUTE, Attachment(compensation, sites, trackings))
     set_entry(model, entry_of(compensation))
 
 

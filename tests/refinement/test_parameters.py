@@ -6,7 +6,7 @@ from helpers.refinement import compensated
 
 from bc_plugin import Compensation
 from bc_plugin.models.blocks import find_blocks
-from bc_plugin.models.tracker import PositionTracker, track
+from bc_plugin.models.tracker import PositionTracker, Tracking
 from bc_plugin.refinement.parameters import merged_blocks, trained
 
 
@@ -22,11 +22,11 @@ def test_vectors_in_training_do_what_attached_ones_do():
     compensation.detach(quantized)
     blocks = find_blocks(quantized)
     tracker = PositionTracker(compensation.positions)
-    untrack = track(quantized.get_submodule(blocks.owner), blocks.modules(quantized), tracker)
+    tracking = Tracking(quantized.get_submodule(blocks.owner), blocks.modules(quantized), tracker)
     modules = {name: quantized.get_submodule(name) for name in compensation.vectors}
     with torch.no_grad(), trained(modules, compensation, tracker):
         found = quantized(**batch).logits[real]
-    untrack()
+    tracking.undo()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
