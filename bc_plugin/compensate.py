@@ -19,7 +19,7 @@ from .errors import BiasCompensationError
 from .models.blocks import find_block_lists, find_blocks
 from .models.float_blocks import BlockSnapshot, float_blocks_of
 from .models.modules import copy_of, device_of, dtype_of
-from .models.positions import PositionTracker
+from .models.tracker import PositionTracker
 from .names import KEY
 from .shift.inside import measure_block, measure_linears
 from .shift.outside import measure_outside

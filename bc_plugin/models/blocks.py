@@ -26,6 +26,10 @@ class Blocks:
     path: str
     names: tuple[str, ...]
 
+    def modules(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks themselves."""
+        return [model.get_submodule(name) for name in self.names]
+
 
 def _is_block_list(module: nn.Module) -> bool:
     if not isinstance(module, nn.ModuleList) or len(module) == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
 from .blocks import Blocks
+from .forwards import ReplacedForward
 from .modules import copy_of
 from .positions import call_arguments, context_index, plain_index, token_index
 
@@ -76,19 +77,24 @@ def twin_of(
     return copy.deepcopy(model, {id(module): copy_to_run(module) for module in modules})
 
 
+class _StandIn(ReplacedForward):
+    """A function in place of a block's forward, which is not run."""
+
+    def __init__(self, module: nn.Module, number: int, forward: Callable[..., Any]) -> None:
+        super().__init__(module)
+        self.number, self.forward = number, forward
+
+    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What the function gives for the block's number and arguments."""
+        return self.forward(self.number, *args, **kwargs)
+
+
 @contextmanager
 def _replaced_blocks(model: nn.Module, blocks: Blocks, forward) -> Iterator[None]:
-    modules = [model.get_submodule(name) for name in blocks.names]
-    before = [vars(module).get("forward") for module in modules]
-    try:
-        for number, module in enumerate(modules):
-            module.forward = lambda *args, _i=number, **kwargs: forward(_i, *args, **kwargs)
+    with ExitStack() as stack:
+        for number, module in enumerate(blocks.modules(model)):
+            stack.callback(_StandIn(module, number, forward).undo, module)
         yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            del module.forward
-            if own is not None:
-                module.forward = own
 
 
 @contextmanager

@@ -1,43 +1,14 @@
-"""What is asked of any module: its tensors, linears, type and device, a copy, its forward."""
+"""What is asked of any module: its tensors, linears, type and device, a copy to run."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-
-class ReplacedForward:
-    """Something in place of a module's forward, until ``undo``.
-
-    Rather than a hook: hooks take PyTorch's slow path, which costs more than adding a vector when
-    single tokens are decoded, and run in an order of their own.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.replaced = vars(module).get("forward")  # accelerate puts one there, too
-        self.plain = module.forward
-        self.undone = False
-        module.forward = self.run
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """What is called in the forward's place."""
-        raise NotImplementedError
-
-    def undo(self) -> None:
-        """Give the module its own forward back."""
-        if vars(self.module).get("forward") != self.run:
-            self.undone = True  # something else has wrapped it since and holds on to it
-        elif self.replaced is None:
-            del self.module.forward
-        else:
-            self.module.forward = self.replaced
 
 
 def copy_of(block: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ with: padding on either side, a cache, packed sequences.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -17,21 +18,45 @@ from torch import Tensor, nn
 from ..errors import BiasCompensationError
 
 INPUTS = ("input_ids", "inputs_embeds", "hidden_states")
+CACHES = ("past_key_values", "cache_params", "state")
+
+
+@functools.cache
+def parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The names of what the forward of a kind of module takes, in order, without ``self``."""
+    parameters = inspect.signature(kind.forward).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in parameters if p.kind in positional)[1:]
 
 
 def call_arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of ``module``, by name."""
-    signature = inspect.signature(type(module).forward)
-    named = signature.bind_partial(module, *args, **kwargs).arguments
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            named |= named.pop(parameter.name, {})
-    return named
+    return {**dict(zip(parameter_names(type(module)), args, strict=False)), **kwargs}
 
 
-def _past_length(arguments: Mapping[str, Any]) -> int | Tensor:
-    cache = arguments.get("past_key_values")
-    return cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+def first_input(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states that a block is called with."""
+    if args:
+        return args[0]
+    if "hidden_states" in kwargs:
+        return kwargs["hidden_states"]
+    return next(value for value in kwargs.values() if isinstance(value, Tensor))
+
+
+def _past_length(arguments: Mapping[str, Any]) -> int | Tensor | None:
+    """Tokens that the cache holds; None where there are some, and it cannot tell how many."""
+    for name in CACHES:
+        cache = arguments.get(name)
+        if cache is None:
+            continue
+        try:
+            return cache.get_seq_length()
+        except (AttributeError, ValueError):  # it holds states and no keys
+            pass
+        previous = getattr(cache, "has_previous_state", None)
+        if previous is None or previous():
+            return None
+    return 0
 
 
 def _from_mask(mask: Any, length: int, past: int | Tensor) -> Tensor | None:
@@ -48,11 +73,12 @@ def _from_mask(mask: Any, length: int, past: int | Tensor) -> Tensor | None:
                 "column per token, past tokens included."
             )
         real = mask != 0
-        index = (real.cumsum(-1) - 1).masked_fill(~real, -1)
+        # Not of booleans, which ONNX cannot sum up.
+        index = (real.to(torch.int64).cumsum(-1) - 1).masked_fill(~real, -1)
         return index[:, columns.clamp(max=mask.shape[1] - 1)]
     if mask.dim() == 4:  # (batch, heads, query, key), True or 0 where attended
         seen = mask if mask.dtype == torch.bool else mask == 0
-        return seen[:, 0].sum(-1) - 1
+        return seen[:, 0].to(torch.int64).sum(-1) - 1
     return None
 
 
@@ -94,21 +120,43 @@ def token_index(arguments: Mapping[str, Any]) -> Tensor | None:
 
     A padded row starts at its first unmasked token, whatever ``position_ids`` say; a packed row
     starts anew wherever ``position_ids`` do. Where both are given the smaller index is right.
+
+    Raises:
+        BiasCompensationError: there are tokens before these, and nothing tells how many.
     """
+    return _index(arguments, _past_length(arguments))
+
+
+def running_index(arguments: Mapping[str, Any], positions: int) -> Tensor | None:
+    """``token_index`` for a model that has vectors for so many leading positions.
+
+    State-space models have caches that do not tell how many tokens they have seen. For one leading
+    position it is enough that there were any.
+    """
+    past = _past_length(arguments)
+    return _index(arguments, 1 if past is None and positions == 1 else past)
+
+
+def _index(arguments: Mapping[str, Any], past: int | Tensor | None) -> Tensor | None:
     inputs = next((arguments[name] for name in INPUTS if arguments.get(name) is not None), None)
     if inputs is None:
         return None
     batch, length = inputs.shape[:2]
-    past = _past_length(arguments)
-    ids = arguments.get("position_ids")
+    ids, mask = arguments.get("position_ids"), arguments.get("attention_mask")
     if ids is None:
         ids = arguments.get("cache_position")
+    if past is None:
+        raise BiasCompensationError(
+            "the model is called with a cache that does not tell how many tokens it has seen, so "
+            "the positions of the next ones are unknown; compensate with positions=1 or 0, or "
+            "call it with use_cache=False."
+        )
     if ids is None:
         ids = torch.arange(length, device=inputs.device) + past
     if ids.dim() == 3:  # multimodal rotary positions: (axes, batch, length)
         ids = ids[0]
     index = ids.to(torch.int64).expand(batch, length)
-    by_mask = _from_mask(arguments.get("attention_mask"), length, past)
+    by_mask = _from_mask(mask, length, past)
     if by_mask is not None:
         index = torch.minimum(index, by_mask.to(index.device).expand(batch, length))
     return index
@@ -179,67 +227,3 @@ def _require_equal(name: str, positions: int, own: Tensor, context: Tensor) -> N
             f"{name}: as many tokens are attended to across as there are, but padded "
             "differently, so whose tokens a site gives is unknown. Calibrate without padding."
         )
-
-
-class PositionTracker:
-    """Knows, while a model runs, which row of the table each token uses.
-
-    One tracker serves all sites of a model. It listens to the module that holds the blocks, and
-    keeps what it saw last, so that blocks recomputed by gradient checkpointing find it too.
-    """
-
-    def __init__(self, positions: int) -> None:
-        self.positions = positions
-        self.rows: Tensor | None = None
-        self.waiting = False
-
-    def listen(self, owner: nn.Module, first_block: nn.Module) -> list[Any]:
-        """Follow every forward pass of a model from now on; returns the hooks' handles."""
-        if self.positions == 0:
-            return []
-        return [
-            owner.register_forward_pre_hook(self.before_forward, with_kwargs=True),
-            first_block.register_forward_pre_hook(self.before_first_block, with_kwargs=True),
-        ]
-
-    def observe(self, index: Tensor) -> None:
-        """Take the token indices of the batch about to run."""
-        rows = vector_rows(index, self.positions)
-        # Decoding needs only the shared row. Under torch.compile the branch would break the graph.
-        if not torch.compiler.is_compiling() and not bool((rows < self.positions).any()):
-            self.rows = None
-        else:
-            self.rows = rows
-
-    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook for the module that holds the blocks."""
-        index = token_index(call_arguments(module, args, kwargs))
-        self.waiting = index is None
-        if index is not None:
-            self.observe(index)
-
-    def before_first_block(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook for the first block, where no argument of the model has tokens."""
-        if self.waiting:
-            self.observe(plain_index(args[0] if args else kwargs["hidden_states"]))
-
-
-def run_rows(tracker: PositionTracker, values: Tensor, name: str = "") -> Tensor:
-    """The row of each token of ``values`` while a toolkit quantizes, (tokens,).
-
-    Raises:
-        BiasCompensationError: they are other tokens than its block was given.
-    """
-    tokens = values.shape[:-1].numel()
-    rows = tracker.rows
-    if rows is not None and rows.numel() == tokens:
-        return rows.to(values.device).flatten()
-    if rows is None:
-        return torch.full((tokens,), tracker.positions, device=values.device)
-    if values.dim() == 3:  # one sequence, its padding taken out
-        index = torch.arange(values.shape[1], device=values.device).expand(values.shape[:2])
-        return vector_rows(index, tracker.positions).flatten()
-    raise BiasCompensationError(
-        f"{name} sees {tokens} of {rows.numel()} tokens, so their positions are unknown; quantize "
-        "with bias_compensation={'positions': 0} or {'joint': False}."
-    )

@@ -15,8 +15,8 @@ from ..models.blocks import Blocks, find_blocks
 from ..models.calls import BlockCalls, record_calls, skipped_blocks
 from ..models.float_blocks import BlockSnapshot, float_blocks_of
 from ..models.modules import device_of, dtype_of
-from ..models.positions import PositionTracker
 from ..models.predictions import next_token_log_probabilities
+from ..models.tracker import PositionTracker
 from ..vectors.compensation import Compensation
 from .config import RefinementConfig
 from .data import RefinementData
@@ -115,9 +115,9 @@ class _Block:
     def run(self, number: int, hidden: Tensor) -> Tensor:
         """The block's output for a batch's hidden states."""
         calls = self.stream[number]
-        self.tracker.observe(calls.index)
         given = BlockCalls(hidden, calls.index, calls.calls)
-        return given.run(self.block, self.number, device_of(self.block), self.dtype)
+        with self.tracker.during(calls.index):
+            return given.run(self.block, self.number, device_of(self.block), self.dtype)
 
     def loss(self, number: int) -> tuple[Tensor, int]:
         """Its relative error, and the number of tokens."""

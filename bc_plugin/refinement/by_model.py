@@ -14,8 +14,8 @@ from ..errors import BiasCompensationError
 from ..models.blocks import find_blocks
 from ..models.calls import twin_of
 from ..models.modules import dtype_of
-from ..models.positions import PositionTracker
 from ..models.predictions import next_token_log_probabilities
+from ..models.tracker import PositionTracker, Tracking
 from ..vectors.compensation import Compensation
 from .config import RefinementConfig
 from .data import RefinementData
@@ -41,10 +41,9 @@ def train_by_model(
         logits = _float_logits(float_model, data, config, progress, stack)
         twin = twin_of(model, blocks, copy_to_run)
         stack.enter_context(frozen(twin))
-        modules = [twin.get_submodule(name) for name in blocks.names]
+        modules = blocks.modules(twin)
         tracker = PositionTracker(compensation.positions)
-        for handle in tracker.listen(twin.get_submodule(blocks.owner), modules[0]):
-            stack.callback(handle.remove)
+        stack.callback(Tracking(twin.get_submodule(blocks.owner), modules, tracker).undo)
         checkpointing = config.gradient_checkpointing
         stack.enter_context(differentiable(modules, dtype_of(twin), checkpointing))
         sites = stack.enter_context(

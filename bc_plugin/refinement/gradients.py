@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..models.modules import ReplacedForward, copy_of, device_of
+from ..models.forwards import ReplacedForward
+from ..models.modules import copy_of, device_of
 
 
 class ThroughKernel(torch.autograd.Function):
@@ -40,17 +42,17 @@ def weight_through(kernel: Any, features: int, like: Tensor) -> Tensor:
 class DifferentiableForward(ReplacedForward):
     """The forward of a quantized linear that has no backward pass of its own."""
 
-    def run(self, inputs: Tensor) -> Tensor:
+    def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The kernel's output."""
-        return ThroughKernel.apply(inputs, self.plain, self.module.in_features)
+        return ThroughKernel.apply(inputs, partial(self.plain, module), module.in_features)
 
 
 class CheckpointedForward(ReplacedForward):
     """A block's forward whose activations are computed again in the backward pass."""
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The block's output."""
-        return checkpoint(self.plain, *args, use_reentrant=False, **kwargs)
+        return checkpoint(self.plain, module, *args, use_reentrant=False, **kwargs)
 
 
 def has_gradient(linear: nn.Module, dtype: torch.dtype) -> bool:
@@ -92,7 +94,7 @@ def differentiable(
                 if kind not in known:
                     known[kind] = has_gradient(module, dtype)
                 if not known[kind]:
-                    stack.callback(DifferentiableForward(module).undo)
+                    stack.callback(DifferentiableForward(module).undo, module)
             if checkpointing:
-                stack.callback(CheckpointedForward(block).undo)
+                stack.callback(CheckpointedForward(block).undo, block)
         yield

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from ..models.architectures import ARCHITECTURES
 from ..models.modules import device_of
-from ..models.positions import PositionTracker, rows_of
+from ..models.positions import rows_of
+from ..models.tracker import PositionTracker
 from ..vectors.attach import CompensatedForward
 from ..vectors.compensation import Compensation
 
@@ -45,7 +46,7 @@ class TrainedForward(CompensatedForward):
         """Where training is now, float32 (positions + 1, features)."""
         return self.start + self.scale * self.step
 
-    def _add(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
+    def _add(self, module: nn.Module, hidden: Tensor, rows: Tensor | None) -> Tensor:
         vectors = self.vectors().to(hidden.device)
         if rows is None:
             return (hidden + vectors[-1]).to(hidden.dtype)
@@ -74,7 +75,7 @@ def trained(
             error = compensation.errors[name].after
             site = TrainedForward(module, compensation.vectors[name], error, tracker)
             site.step.requires_grad_(name not in fixed)
-            stack.callback(site.undo)
+            stack.callback(site.undo, module)
             sites[name] = site
         yield sites
 

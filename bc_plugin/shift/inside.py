@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import BiasCompensationError
 from ..models.calls import BlockCalls
 from ..models.modules import alongside, device_of, dtype_of
-from ..models.positions import PositionTracker
+from ..models.tracker import PositionTracker
 from .rescaling import Rescaling
 from .statistics import Site
 
@@ -76,8 +76,8 @@ def measure_block(
     """
     site = Site(name, "block", tracker.positions)
     for calls, reference in zip(stream, references, strict=True):
-        tracker.observe(calls.index)
-        output = calls.run(quantized, number, reference.device, dtype)
+        with tracker.during(calls.index):
+            output = calls.run(quantized, number, reference.device, dtype)
         check_finite(output, name, "quantized")
         site.update(calls, reference, output)
     return site

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import BiasCompensationError
 from ..marks import mark, mark_of, unmark
 from ..models.blocks import Blocks
 from ..models.modules import linears_of
-from ..models.positions import PositionTracker, call_arguments, run_rows, token_index
+from ..models.positions import call_arguments, token_index, vector_rows
+from ..models.tracker import PositionTracker
 
 
 class JointGPTQ:
@@ -47,14 +49,14 @@ class JointGPTQ:
         arguments = call_arguments(block, args, kwargs)
         if args:
             arguments["hidden_states"] = args[0]
-        self.tracker.observe(token_index(arguments))
+        self.tracker.enter(token_index(arguments))
 
     def add_bias(self, linear: nn.Module, bias: Tensor) -> None:
         """Show a quantized linear's bias, (positions + 1, features), to the layers that follow."""
         self.quantized += 1
 
         def hook(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            rows = run_rows(self.tracker, output)
+            rows = _rows(self.tracker, output)
             return output + bias[rows].view(output.shape).to(output.dtype)
 
         self.handles.append(linear.register_forward_hook(hook))
@@ -87,7 +89,7 @@ class CentredInputs:
         """``inputs``, (..., features), those of later positions without the estimate."""
         flat = inputs.reshape(-1, inputs.shape[-1]).to(torch.float64, copy=True)
         positions = self.joint.tracker.positions
-        rows = run_rows(self.joint.tracker, inputs, self.name)
+        rows = _rows(self.joint.tracker, inputs, self.name)
         if self.total is None:
             self.total = flat.new_zeros((positions + 1, flat.shape[-1]))
             self.count = flat.new_zeros(positions + 1)
@@ -133,3 +135,24 @@ def centred_inputs(linear: nn.Module) -> CentredInputs | None:
 def weight_of(linear: nn.Module) -> Tensor:
     """A copy of the weight, which quantizing overwrites."""
     return linear.weight.detach().clone()
+
+
+def _rows(tracker: PositionTracker, values: Tensor, name: str = "") -> Tensor:
+    """The row of each token of ``values`` as a toolkit quantizes, (tokens,).
+
+    Raises:
+        BiasCompensationError: they are other tokens than its block was given.
+    """
+    tokens = values.shape[:-1].numel()
+    rows = tracker.rows
+    if rows is not None and rows.numel() == tokens:
+        return rows.to(values.device).flatten()
+    if rows is None:
+        return torch.full((tokens,), tracker.positions, device=values.device)
+    if values.dim() == 3:  # one sequence, its padding taken out
+        index = torch.arange(values.shape[1], device=values.device).expand(values.shape[:2])
+        return vector_rows(index, tracker.positions).flatten()
+    raise BiasCompensationError(
+        f"{name} sees {tokens} of {rows.numel()} tokens, so their positions are unknown; quantize "
+        "with bias_compensation={'positions': 0} or {'joint': False}."
+    )

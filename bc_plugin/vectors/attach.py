@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
 from ..models.blocks import find_block_lists
-from ..models.modules import ReplacedForward, device_of, dtype_of
-from ..models.positions import PositionTracker, rows_of
+from ..models.forwards import ReplacedForward
+from ..models.modules import device_of, dtype_of
+from ..models.positions import rows_of
+from ..models.tracker import PositionTracker, Tracking
 from ..names import KEY
 from .contents import Contents
 from .entry import entry_of, set_entry
@@ -48,7 +50,7 @@ class AttachedSite:
     def detach(self) -> None:
         """Put the module back as it was."""
         if self.forward is not None:
-            self.forward.undo()
+            self.forward.undo(self.module)
         if self.merged is not None:
             self.merged.undo(self.module)
         delattr(self.module, KEY)
@@ -69,7 +71,7 @@ class AttachedConvolution:
 
     def detach(self) -> None:
         """Put the module back as it was."""
-        self.forward.undo()
+        self.forward.undo(self.module)
         delattr(self.module, KEY)
 
 
@@ -81,18 +83,20 @@ class CompensatedForward(ReplacedForward):
         self.tracker = tracker
         self.shared_is_merged = shared_is_merged
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The module's output, compensated."""
-        output = self.plain(*args, **kwargs)
+        output = self.plain(module, *args, **kwargs)
+        if self.undone:
+            return output
         rows = self.tracker.rows
-        if (rows is None and self.shared_is_merged) or self.undone:
+        if rows is None and self.shared_is_merged:
             return output
         if isinstance(output, tuple):
-            return (self._add(output[0], rows), *output[1:])
-        return self._add(output, rows)
+            return (self._add(module, output[0], rows), *output[1:])
+        return self._add(module, output, rows)
 
-    def _add(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
-        vectors = getattr(self.module, KEY).to(hidden.device)
+    def _add(self, module: nn.Module, hidden: Tensor, rows: Tensor | None) -> Tensor:
+        vectors = getattr(module, KEY).to(hidden.device)
         if rows is None:
             return (hidden + vectors[-1]).to(hidden.dtype)
         if self.shared_is_merged:
@@ -104,16 +108,16 @@ class CompensatedForward(ReplacedForward):
 class CompensatedConvolution(ReplacedForward):
     """A convolution's forward, with the vectors added along the channel axis."""
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The module's output, (..., channels, height, width), compensated.
 
         Raises:
             BiasCompensationError: each patch has a vector, and there are more or fewer patches.
         """
-        output = self.plain(*args, **kwargs)
+        output = self.plain(module, *args, **kwargs)
         if self.undone:
             return output
-        vectors = getattr(self.module, KEY).to(output.device)
+        vectors = getattr(module, KEY).to(output.device)
         height, width = output.shape[-2:] if len(vectors) > 1 else (1, 1)
         if height * width != len(vectors):
             raise BiasCompensationError(
@@ -133,14 +137,14 @@ class Attachment:
 
     compensation: Contents
     sites: list[AttachedSite | AttachedConvolution]
-    handles: list[Any]
+    trackings: list[Tracking]
 
     def undo(self) -> None:
         """Take out everything."""
-        for site in self.sites:
+        for tracking in self.trackings:
+            tracking.undo()
+        for site in reversed(self.sites):
             site.detach()
-        for handle in self.handles:
-            handle.remove()
 
 
 def attach(compensation: Contents, model: nn.Module) -> None:
@@ -149,10 +153,6 @@ def attach(compensation: Contents, model: nn.Module) -> None:
         raise BiasCompensationError("the model is compensated already; detach that first.")
     dtype = dtype_of(model)
     tracker = PositionTracker(compensation.positions)
-    handles = []
-    for blocks in find_block_lists(model, compensation.blocks):
-        first = model.get_submodule(blocks.names[0])
-        handles += tracker.listen(model.get_submodule(blocks.owner), first)
     sites: list[AttachedSite | AttachedConvolution] = []
     for name, vectors in compensation.vectors.items():
         module = model.get_submodule(name)
@@ -161,7 +161,11 @@ def attach(compensation: Contents, model: nn.Module) -> None:
             sites.append(AttachedConvolution(module, vectors))
         else:
             sites.append(AttachedSite(module, vectors, tracker, dtype))
-    setattr(model, ATTRIBUTE, Attachment(compensation, sites, handles))
+    trackings = [  # after the sites: a block run again has to find its rows first
+        Tracking(model.get_submodule(blocks.owner), blocks.modules(model), tracker)
+        for blocks in find_block_lists(model, compensation.blocks)
+    ]
+    setattr(model, ATTRIBUTE, Attachment(compensation, sites, trackings))
     set_entry(model, entry_of(compensation))
 
 

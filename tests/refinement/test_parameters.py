@@ -6,7 +6,7 @@ from helpers.refinement import compensated
 
 from bc_plugin import Compensation
 from bc_plugin.models.blocks import find_blocks
-from bc_plugin.models.positions import PositionTracker
+from bc_plugin.models.tracker import PositionTracker, Tracking
 from bc_plugin.refinement.parameters import merged_blocks, trained
 
 
@@ -22,14 +22,11 @@ def test_vectors_in_training_do_what_attached_ones_do():
     compensation.detach(quantized)
     blocks = find_blocks(quantized)
     tracker = PositionTracker(compensation.positions)
-    handles = tracker.listen(
-        quantized.get_submodule(blocks.owner), quantized.get_submodule(blocks.names[0])
-    )
+    tracking = Tracking(quantized.get_submodule(blocks.owner), blocks.modules(quantized), tracker)
     modules = {name: quantized.get_submodule(name) for name in compensation.vectors}
     with torch.no_grad(), trained(modules, compensation, tracker):
         found = quantized(**batch).logits[real]
-    for handle in handles:
-        handle.remove()
+    tracking.undo()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -90,7 +90,7 @@ def test_a_kernel_with_a_bias_of_another_order_is_left_alone():
         def forward(self, x):
             return nn.functional.linear(x, *self.kernel)
 
-    from bc_plugin.models.positions import PositionTracker
+    from bc_plugin.models.tracker import PositionTracker
     from bc_plugin.vectors.attach import AttachedSite
 
     for kind in (Permuted, BuiltOnce):
