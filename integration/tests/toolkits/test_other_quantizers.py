@@ -53,6 +53,26 @@ def test_compressed_tensors(tmp_path, enabled):
     _check_loading_and_export(tmp_path, model, compensation, torch.float32)
 
 
+def test_a_compensated_model_that_compressed_tensors_offloads(tmp_path, enabled):
+    """What it puts in a forward's place calls the function that was there with the module."""
+    offload = pytest.importorskip("compressed_tensors.offload", reason="older ones cannot")
+    source = tiny_checkpoint(tmp_path / "float")
+    _round_to_nearest(source, tmp_path / "quantized")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    reference = AutoModelForCausalLM.from_pretrained(source)
+    compensation = bc_plugin.compensate(model, reference, sequences())
+    compensation.attach(model)
+    model.save_pretrained(tmp_path / "out")
+    expected = logits(model)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for block in loaded.model.layers:
+        offload.offload_module(block, "cpu", "cpu")
+    torch.testing.assert_close(logits(loaded), expected)
+    Compensation.attached_to(loaded).detach(loaded)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    assert torch.equal(logits(loaded), logits(plain))
+
+
 def test_quanto_with_quantized_activations(tmp_path, enabled):
     source = tiny_checkpoint(tmp_path / "float")
     reference = AutoModelForCausalLM.from_pretrained(source)
