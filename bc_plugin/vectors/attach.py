@@ -26,6 +26,28 @@ from .merge import MergedBias, kernel_adds_bias
 ATTRIBUTE = "_bias_compensation"
 
 
+class VectorsBuffer:
+    """A site's vectors as a buffer of its module, until ``undo``.
+
+    They are saved in the type they have here, even if the model was cast to another since.
+    """
+
+    def __init__(self, module: nn.Module, vectors: Tensor) -> None:
+        self.vectors = vectors
+        module.register_buffer(KEY, vectors)
+        self.handle = module.register_state_dict_post_hook(self)
+
+    def __call__(self, module: nn.Module, state: dict, prefix: str, metadata: Any) -> None:
+        saved = state.get(prefix + KEY)
+        if saved is not None and saved.dtype != self.vectors.dtype:
+            state[prefix + KEY] = self.vectors.to(saved.device)
+
+    def undo(self, module: nn.Module) -> None:
+        """Take them out of the module."""
+        self.handle.remove()
+        delattr(module, KEY)
+
+
 class AttachedSite:
     """The vectors of one site, in place until ``detach``.
 
@@ -41,7 +63,7 @@ class AttachedSite:
     ) -> None:
         self.module = module
         mergeable = kernel_adds_bias(module, vectors, dtype)
-        module.register_buffer(KEY, vectors)
+        self.buffer = VectorsBuffer(module, vectors)
         self.merged = MergedBias(module, dtype) if mergeable else None
         self.forward = None
         if self.merged is None or tracker.positions > 0:
@@ -53,7 +75,7 @@ class AttachedSite:
             self.forward.undo(self.module)
         if self.merged is not None:
             self.merged.undo(self.module)
-        delattr(self.module, KEY)
+        self.buffer.undo(self.module)
 
 
 class AttachedConvolution:
@@ -66,13 +88,13 @@ class AttachedConvolution:
 
     def __init__(self, module: nn.Module, vectors: Tensor) -> None:
         self.module = module
-        module.register_buffer(KEY, vectors)
+        self.buffer = VectorsBuffer(module, vectors)
         self.forward = CompensatedConvolution(module)
 
     def detach(self) -> None:
         """Put the module back as it was."""
         self.forward.undo(self.module)
-        delattr(self.module, KEY)
+        self.buffer.undo(self.module)
 
 
 class CompensatedForward(ReplacedForward):

@@ -69,11 +69,11 @@ def check(compensation: Contents, model: nn.Module) -> None:
             )
         convolution = compensation.kinds[name] == "convolution"
         rows = len(vectors) if convolution else compensation.positions + 1
-        width = "out_channels" if convolution else "out_features"
-        expected = (rows, getattr(modules[name], width, vectors.shape[-1]))
-        if tuple(vectors.shape) != expected:
+        widths = _widths(modules[name], "out_channels" if convolution else "out_features")
+        if vectors.dim() != 2 or len(vectors) != rows or vectors.shape[1] not in widths:
+            shapes = " or ".join(str((rows, width)) for width in sorted(widths))
             raise BiasCompensationError(
-                f"{name}.{KEY} has shape {tuple(vectors.shape)}, expected {expected}; "
+                f"{name}.{KEY} has shape {tuple(vectors.shape)}, expected {shapes}; "
                 "these vectors belong to another model or to other positions."
             )
         if not bool(torch.isfinite(vectors).all()):
@@ -90,3 +90,14 @@ def check(compensation: Contents, model: nn.Module) -> None:
             "compute them again with bc_plugin.compensate. (Some kernels repack their weights "
             "when first run: attach before running the model.)"
         )
+
+
+def _widths(module: nn.Module, attribute: str) -> set[int]:
+    """How many features a site may give; a block, those of anything within."""
+    own = getattr(module, attribute, None)
+    if own is not None:
+        return {own}
+    found = {getattr(child, attribute, 0) for child in module.modules()}
+    return (found | {tensor.shape[-1] for _, tensor in stored_tensors(module) if tensor.dim()}) - {
+        0
+    }

@@ -5,9 +5,11 @@ Site names are written short, and errors as one string per group of sites, to ke
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
@@ -15,7 +17,7 @@ from ..names import KEY
 from .contents import Contents, SiteErrors
 from .short_names import collapse, expand
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def entry_of(compensation: Contents) -> dict[str, Any]:
@@ -40,6 +42,7 @@ def entry_of(compensation: Contents) -> dict[str, Any]:
         "joint": compensation.joint,
         "refined": compensation.refined,
         "digest": compensation.digest,
+        "vectors_digest": vectors_digest(compensation.vectors),
         "errors": errors,
     }
 
@@ -55,12 +58,7 @@ def read_entry(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
         BiasCompensationError: the format is newer, the entry is damaged, or tensors are missing or
             superfluous.
     """
-    version = entry.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise BiasCompensationError(
-            f"the compensation has format version {version}; this bc_plugin reads up to "
-            f"{FORMAT_VERSION}. Upgrade it: pip install -U bc-plugin."
-        )
+    _check_version(entry)
     try:
         kinds = {
             name: kind
@@ -77,8 +75,9 @@ def read_entry(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
             "joint": entry.get("joint", False),
             "refined": entry.get("refined"),
         }
-        if set(found["errors"]) - set(kinds):
-            raise KeyError(*sorted(set(found["errors"]) - set(kinds))[:1])
+        bound_to = entry["vectors_digest"]
+        if set(found["errors"]) != set(kinds):
+            raise KeyError(*sorted(set(found["errors"]) ^ set(kinds))[:1])
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise BiasCompensationError(
             f"the {KEY} entry of the quantization config is damaged ({error!r}); take it from "
@@ -96,7 +95,15 @@ def read_entry(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
             f"the checkpoint has {unknown[0]}.{KEY}, which its quantization config does not "
             "announce; the two do not belong together."
         )
-    return {"vectors": {name: tensors[name] for name in kinds}, **found}
+    vectors = {name: tensors[name] for name in kinds}
+    digest = vectors_digest(vectors)
+    if digest != bound_to:
+        raise BiasCompensationError(
+            f"the compensation tensors (*.{KEY}) are not those that the quantization config was "
+            f"written with: their digest is {digest}, expected {bound_to}. A file is damaged, or "
+            "of another checkpoint; download or save the checkpoint again."
+        )
+    return {"vectors": vectors, **found}
 
 
 def set_entry(model: nn.Module, entry: dict[str, Any] | None) -> None:
@@ -109,6 +116,30 @@ def set_entry(model: nn.Module, entry: dict[str, Any] | None) -> None:
         values.pop(KEY, None)
     else:
         values[KEY] = entry
+
+
+def vectors_digest(vectors: Mapping[str, Tensor]) -> str:
+    """BLAKE2b over names, types, shapes and bytes of all vectors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(vectors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        stored = tensor.detach().cpu().contiguous()
+        digest.update(stored.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_version(entry: Mapping[str, Any]) -> None:
+    version = entry.get("format_version")
+    if version == 1:
+        raise BiasCompensationError(
+            "the compensation has format version 1, of a development version, in which nothing "
+            "binds the vectors to their checkpoint; compute it again with this bc_plugin."
+        )
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise BiasCompensationError(
+            f"the compensation has format version {version!r}; this bc_plugin reads "
+            f"{FORMAT_VERSION}. Upgrade it."
+        )
 
 
 def _number(value: float | None) -> str:

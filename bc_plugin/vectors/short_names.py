@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.|$)")
+MOST = 100_000  # names that one range may stand for
 _RANGES = re.compile(r"\[([\d,-]+)\]")
 
 
@@ -33,14 +34,21 @@ def collapse(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def expand(short: str) -> list[str]:
-    """The names a short form stands for."""
+    """The names a short form stands for.
+
+    Raises:
+        ValueError: it stands for more than any model has, or for none.
+    """
     match = _RANGES.search(short)
     if match is None:
         return [short]
     names = []
     for part in match.group(1).split(","):
         first, _, last = part.partition("-")
-        for number in range(int(first), int(last or first) + 1):
+        numbers = range(int(first), int(last or first) + 1)
+        if not 0 < len(numbers) <= MOST:
+            raise ValueError(f"{short!r} stands for {len(numbers)} names")
+        for number in numbers:
             names.append(f"{short[: match.start()]}{number}{short[match.end() :]}")
     return names
 
