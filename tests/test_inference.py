@@ -166,7 +166,8 @@ def test_a_copied_and_a_pickled_model_stay_compensated():
 
 
 @pytest.mark.parametrize("positions", [0, 1])
-def test_compiled_models_give_the_same_logits(positions):
+def test_compiled_models_give_the_same_logits(monkeypatch, positions):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # as the integration tests set it
     model = _compensated(positions=positions, num_hidden_layers=1)
     ids = token_batches(1)[0]["input_ids"]
     expected = model(ids, use_cache=False).logits

@@ -28,6 +28,12 @@ WAITING = "for the first block, since no argument of the model has tokens"
 Rows = Tensor | None  # None where all tokens use the last row
 
 
+class _Call(threading.local):
+    """What a thread is at."""
+
+    rows: Any = OUTSIDE
+
+
 class PositionTracker:
     """Knows which row of a ``(positions + 1, features)`` table each token of a call uses.
 
@@ -36,7 +42,7 @@ class PositionTracker:
 
     def __init__(self, positions: int) -> None:
         self.positions = positions
-        self._call = threading.local()
+        self.call = _Call()
         self._seen: dict[StorageWeakRef, Rows] = {}
         self._limit = 64
 
@@ -55,7 +61,7 @@ class PositionTracker:
 
     def leave(self, before: Any) -> None:
         """The call ends."""
-        self._call.rows = before
+        self.call.rows = before
 
     @contextmanager
     def during(self, index: Tensor) -> Iterator[None]:
@@ -114,12 +120,12 @@ class PositionTracker:
 
     def state(self) -> Any:
         """The rows of the call that this thread is in, or why there are none."""
-        return getattr(self._call, "rows", OUTSIDE)
+        return self.call.rows
 
     def enter_with(self, rows: Any) -> Any:
         """``enter`` with what ``state`` gave before."""
         before = self.state()
-        self._call.rows = rows
+        self.call.rows = rows
         return before
 
 

@@ -104,13 +104,14 @@ class CompensatedForward(ReplacedForward):
         super().__init__(module)
         self.tracker = tracker
         self.shared_is_merged = shared_is_merged
+        self.made: tuple[Any, Any, Any] = (None, None, None)
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The module's output, compensated."""
         output = self.plain(module, *args, **kwargs)
         if self.undone:
             return output
-        rows = self.tracker.rows
+        rows = None if self.tracker.call.rows is None else self.tracker.rows
         if rows is None and self.shared_is_merged:
             return output
         if isinstance(output, tuple):
@@ -118,13 +119,30 @@ class CompensatedForward(ReplacedForward):
         return self._add(module, output, rows)
 
     def _add(self, module: nn.Module, hidden: Tensor, rows: Tensor | None) -> Tensor:
-        vectors = getattr(module, KEY).to(hidden.device)
+        vectors = module._buffers[KEY]
         if rows is None:
-            return (hidden + vectors[-1]).to(hidden.dtype)
+            return (hidden + self._shared(vectors, hidden)).to(hidden.dtype)
+        vectors = vectors.to(hidden.device)
         if self.shared_is_merged:
             wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
             vectors = wide - wide[-1]
         return hidden + vectors.to(hidden.dtype)[rows_of(rows, hidden)]
+
+    def _shared(self, vectors: Tensor, hidden: Tensor) -> Tensor:
+        """The last row, where and as it is added; made once, since single tokens are decoded fast.
+
+        One tuple, so that threads see all of it or nothing.
+        """
+        if torch.compiler.is_compiling():
+            return vectors[-1].to(hidden.device)
+        version = 0 if vectors.is_inference() else vectors._version
+        made_of, made_for, shared = self.made
+        if made_of is not vectors or made_for != (version, hidden.dtype, hidden.device):
+            made_for = (version, hidden.dtype, hidden.device)
+            dtype = torch.promote_types(vectors.dtype, hidden.dtype)
+            shared = vectors[-1].detach().to(hidden.device, dtype, copy=True)
+            self.made = (vectors, made_for, shared)
+        return shared
 
 
 class CompensatedConvolution(ReplacedForward):

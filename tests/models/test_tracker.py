@@ -113,7 +113,9 @@ def test_a_call_that_fails_is_over():
 
 
 @pytest.mark.parametrize("positions", [None, 0, 1], ids=["none", "0", "1"])
-def test_compiling_gives_the_graphs_that_it_gives_without_vectors(positions):
+def test_compiling_gives_the_graphs_that_it_gives_without_vectors(monkeypatch, positions):
+    # Where the integration tests run as well they have switched it off.
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     model = tiny_model(num_hidden_layers=2)
     if positions is not None:
         model = compensated(model, positions)
