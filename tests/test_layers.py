@@ -25,6 +25,7 @@ BANDS = (
     ("patches",),
     ("enable",),
     ("",),
+    ("auto",),
     ("cli",),
 )
 BAND = {room: number for number, rooms in enumerate(BANDS) for room in rooms}

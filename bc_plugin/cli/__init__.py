@@ -1,4 +1,4 @@
-"""``bc-plugin``: quantize, compensate, refine, export, evaluate and inspect."""
+"""``bc-plugin``: quantize, compensate, refine, export, evaluate, inspect and run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .export import export
 from .inspect import inspect
 from .quantize import quantize
 from .refine import refine
+from .run import run
 
 app = typer.Typer(
     name="bc-plugin",
@@ -22,6 +23,8 @@ app = typer.Typer(
 )
 for command in (quantize, compensate, refine, export, evaluate, inspect):
     app.command()(command)
+# What follows belongs to the program, options included.
+app.command(context_settings={"ignore_unknown_options": True})(run)
 
 
 def main() -> None:
