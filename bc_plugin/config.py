@@ -61,9 +61,9 @@ class BiasCompensationConfig(Settings):
         keep_only_if_better: Drop a site whose held-out error rises.
         max_tokens: Calibration tokens used, spread over the data; None for all. A mean needs far
             fewer than a Hessian: 4,096 gave the same perplexity as 16,384 on a 135M model. Images
-            are all used, since a class token, or a patch, is seen but once in each.
-        batch_tokens: Tokens per forward pass; an image counts as patches of 16 x 16 pixels.
-            Changes speed and memory, not the result.
+            and sounds are all used, since a class token, or a patch, is seen but once in each.
+        batch_tokens: Tokens per forward pass; an image counts as patches of 16 x 16 pixels, a
+            sound as its frames. Changes speed and memory, not the result.
         refine_steps: Train the vectors so many steps against the float model, starting from the
             closed form; see ``bc_plugin.refine``. 0 leaves them as they are.
         refine: What the training compares, ``"model"`` or ``"block"``.

@@ -61,11 +61,22 @@ def _is_images(item: dict[str, Any]) -> bool:
     return "input_ids" not in item and _first(item).dim() == 4
 
 
+def _is_sound(item: dict[str, Any]) -> bool:
+    return "input_ids" not in item and ("input_features" in item or "input_values" in item)
+
+
 def _tokens(item: dict[str, Any]) -> int:
+    """About how many tokens a model makes of an item."""
     if _is_images(item):  # as if cut into patches of 16 x 16 pixels, as by most models
         count, _, height, width = _first(item).shape
         return count * max(1, height * width // 256)
-    return _first(item).shape[:2].numel()
+    if "input_features" in item:  # spectra; Whisper has the frames last, others the bands
+        count, *axes = item["input_features"].shape
+        return count * max(axes)
+    if "input_values" in item and item["input_values"].dim() == 2:  # 320 samples, as in Wav2Vec 2
+        count, samples = item["input_values"].shape
+        return count * max(1, samples // 320)
+    return item.get("input_ids", _first(item)).shape[:2].numel()
 
 
 def rebatch(items: Iterable[Any], batch_tokens: int) -> list[Batch]:
@@ -91,10 +102,13 @@ def rebatch(items: Iterable[Any], batch_tokens: int) -> list[Batch]:
 
 
 def spread(items: Sequence[Any], max_tokens: int | None) -> list[Any]:
-    """Items of about ``max_tokens`` tokens together, taken from all over the data; all images."""
+    """Items of about ``max_tokens`` tokens together, taken from all over the data.
+
+    Images and sounds are all used: a class token, or a patch, is seen but once in each.
+    """
     items = list(items)
     inputs = [_as_mapping(item, number) for number, item in enumerate(items)]
-    if max_tokens is None or any(map(_is_images, inputs)):
+    if max_tokens is None or any(_is_images(item) or _is_sound(item) for item in inputs):
         return items
     tokens = sum(map(_tokens, inputs))
     count = min(len(items), max(2, math.ceil(len(items) * max_tokens / max(tokens, 1))))

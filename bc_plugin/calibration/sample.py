@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..errors import BiasCompensationError
 from ..models.modules import device_of
+from .text import start_of_text
 
 
 @torch.no_grad()
@@ -17,24 +21,37 @@ def sample_from(
 ) -> list[dict[str, Tensor]]:
     """Calibration sequences without a data set: what the float model itself writes.
 
-    The first token is any token, the others follow the model's own distribution, after the data
-    generation of Liu et al. (LLM-QAT, arXiv 2305.17888).
+    The first token, after what the tokenizer starts every text with, is any token; the others
+    follow the model's own distribution, after the data generation of Liu et al. (LLM-QAT, arXiv
+    2305.17888).
 
     Args:
         model: A transformers causal language model.
-        tokenizer: Its tokenizer; tells which tokens do not start a text.
+        tokenizer: Its tokenizer; tells how a text starts, and which tokens do not start one.
+        length: Tokens of each sequence.
         batch: Sequences written at a time.
 
     Returns:
         As ``windows``, on the CPU.
+
+    Raises:
+        BiasCompensationError: the sequences are too short for any text.
     """
+    start = start_of_text(tokenizer)
+    written = length - len(start) - 1
+    if written < 1:
+        raise BiasCompensationError(
+            f"sequences of {length} tokens are too short: the model is to continue the "
+            f"{len(start) + 1} that they start with. Use longer ones."
+        )
     usable = torch.ones(model.config.vocab_size, dtype=torch.bool)
-    usable[list(tokenizer.all_special_ids)] = False
+    usable[[token for token in tokenizer.all_special_ids if token < len(usable)]] = False
     generator = torch.Generator().manual_seed(seed)
     choices = usable.nonzero().squeeze(1)
     first = choices[torch.randint(len(choices), (count, 1), generator=generator)]
+    first = torch.cat([torch.tensor([start], dtype=first.dtype).expand(count, -1), first], dim=1)
     rows = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _nothing_but_its_distribution(model):
         torch.manual_seed(seed)
         for ids in tqdm(first.split(batch), desc="Sampling calibration data", leave=False):
             ids = ids.to(device_of(model))
@@ -46,8 +63,8 @@ def sample_from(
                     temperature=1.0,
                     top_k=0,
                     top_p=1.0,
-                    max_new_tokens=length - 1,
-                    min_new_tokens=length - 1,  # no end of text before that
+                    max_new_tokens=written,
+                    min_new_tokens=written,  # no end of text before that
                     pad_token_id=0,
                 ).cpu()
             )
@@ -55,3 +72,17 @@ def sample_from(
         {"input_ids": row, "attention_mask": torch.ones_like(row)}
         for row in torch.cat(rows).split(1)
     ]
+
+
+@contextmanager
+def _nothing_but_its_distribution(model: Any) -> Iterator[None]:
+    """Without what a model's own generation config adds, such as a penalty on repetition.
+
+    ``generate`` takes from there whatever its arguments leave open.
+    """
+    own = model.generation_config
+    try:
+        model.generation_config = type(own)(eos_token_id=own.eos_token_id)
+        yield
+    finally:
+        model.generation_config = own

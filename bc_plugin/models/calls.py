@@ -51,7 +51,12 @@ class BlockCalls:
 
 def _move(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
+        if dtype is None or dtype == value.dtype or not value.is_floating_point():
+            return value.to(device)
+        # In masks the smallest number of a type stands for minus infinity, yet must not become it:
+        # padding attends to nothing else, and a softmax over nothing is not a number.
+        smallest = value == torch.finfo(value.dtype).min
+        return value.to(device, dtype).masked_fill_(smallest.to(device), torch.finfo(dtype).min)
     if isinstance(value, (tuple, list)):
         return type(value)(_move(item, device, dtype) for item in value)
     if isinstance(value, dict):

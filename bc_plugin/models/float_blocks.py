@@ -40,8 +40,9 @@ def float_blocks_of(model: nn.Module | BlockSnapshot) -> LiveBlocks | BlockSnaps
 class BlockSnapshot:
     """The weights of a model's blocks, kept before a toolkit overwrites them.
 
-    Where the model came from a folder of safetensors files, a tensor that stands there with the
-    same values is read from the file again, memory-mapped; any other is copied to the CPU.
+    Where the model came from a folder of safetensors files, or by its name from the hub's cache, a
+    tensor that stands there with the same values is read from the file again, memory-mapped; any
+    other is copied to the CPU.
 
     Args:
         model: The float model.
@@ -56,8 +57,9 @@ class BlockSnapshot:
         for name in blocks.names:
             block = model.get_submodule(name)
             for key, tensor in _tensors(block).items():
-                stored = files.get(f"{name}.{key}")
-                if stored is not None and _equal(_read(*stored), tensor):
+                candidates = files.get(f"{name}.{key}", ())
+                stored = next((c for c in candidates if _equal(_read(*c), tensor)), None)
+                if stored is not None:
                     self.files[name, key] = stored
                 else:
                     self.copies[name, key] = tensor.detach().to("cpu", copy=True)
@@ -96,18 +98,32 @@ def _meta(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
-def _safetensors(model: nn.Module) -> dict[str, tuple[Path, str]]:
-    """Where each of the model's tensors may stand in the folder the model came from."""
-    source = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
-    folder = Path(source)
-    if not source or not folder.is_dir():
-        return {}
+def _folders(model: nn.Module) -> list[Path]:
+    """Where the model may have come from: its folder, or the revisions in the hub's cache."""
+    config = getattr(model, "config", None)
+    source = getattr(config, "_name_or_path", None)
+    if not source:
+        return []
+    if Path(source).is_dir():
+        return [Path(source)]
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    repository = Path(HF_HUB_CACHE, repo_folder_name(repo_id=source, repo_type="model"))
+    # transformers 5 does not say which revision it has read; the tensors will tell.
+    return sorted(repository.glob(f"snapshots/{getattr(config, '_commit_hash', None) or '*'}"))
+
+
+def _safetensors(model: nn.Module) -> dict[str, list[tuple[Path, str]]]:
+    """Where each of the model's tensors may stand in the files the model came from."""
     prefix = getattr(model, "base_model_prefix", "") + "."
-    found: dict[str, tuple[Path, str]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118, not a dict
-                found[key] = found.setdefault(prefix + key, (path, key))
+    found: dict[str, list[tuple[Path, str]]] = {}
+    for folder in _folders(model):
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118, not a dict
+                    found.setdefault(key, []).append((path, key))
+                    found.setdefault(prefix + key, []).append((path, key))
     return found
 
 

@@ -77,8 +77,13 @@ def _from_mask(mask: Any, length: int, past: int | Tensor) -> Tensor | None:
         index = (real.to(torch.int64).cumsum(-1) - 1).masked_fill(~real, -1)
         return index[:, columns.clamp(max=mask.shape[1] - 1)]
     if mask.dim() == 4:  # (batch, heads, query, key), True or 0 where attended
-        seen = mask if mask.dtype == torch.bool else mask == 0
-        return seen[:, 0].to(torch.int64).sum(-1) - 1
+        seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+        columns = torch.arange(length, device=mask.device) + past
+        keys = torch.arange(seen.shape[-1], device=mask.device)
+        # Encoders attend to later tokens, too, and padding attends to what it is not part of.
+        index = (seen & (keys <= columns[:, None])).to(torch.int64).sum(-1) - 1
+        real = seen.any(-2)[:, columns.clamp(max=len(keys) - 1)]
+        return index.masked_fill(~real, -1)
     return None
 
 

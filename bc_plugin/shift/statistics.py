@@ -133,13 +133,15 @@ class ShiftStatistics:
     def error(self, vectors: Tensor | None = None) -> float:
         """Mean squared error per value over the tokens seen, with ``vectors`` added or without.
 
-        Exact, without a second pass: adding b to n shifts of sum s changes their squared sum by
-        ``2 b.s + n b.b``.
+        Without a second pass: n shifts of mean m, with b added to each, have the squared sum of
+        their spread around m and of ``n |m + b|^2``. Neither of the two is negative, whereas the
+        change of the squared sum, ``2 b.s + n b.b``, may take more from it than rounding left.
         """
         squares = self.squares
         if vectors is not None:
-            vectors = vectors.to(self.total)
-            count = self.count.to(self.total.device)
-            squares += (2 * vectors * self.total).sum().item()
-            squares += (count * vectors.square().sum(1)).sum().item()
+            count = self.count.to(self.total.device)[:, None]
+            mean = self.total / count.clamp(min=1)
+            spread = squares - (count * mean.square()).sum().item()
+            left = (count * (mean + vectors.to(self.total)).square()).sum().item()
+            squares = max(spread, 0.0) + left
         return squares / (self.tokens * self.total.shape[1])
