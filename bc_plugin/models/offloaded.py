@@ -1,4 +1,4 @@
-"""Models whose weights accelerate keeps elsewhere, on the CPU or on disk, and lends when they run."""
+"""Models whose weights accelerate keeps on the CPU or on disk, and lends when they run."""
 
 from __future__ import annotations
 

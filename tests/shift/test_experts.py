@@ -1,4 +1,4 @@
-"""Routed experts, as modules and as slices of one parameter: their blocks' vectors stand for them."""
+"""Routed experts, be they modules or slices of one parameter, are left to their blocks."""
 
 import copy
 
