@@ -19,13 +19,15 @@ from .errors import BiasCompensationError
 from .models.blocks import find_block_lists, find_blocks
 from .models.float_blocks import BlockSnapshot, float_blocks_of
 from .models.modules import copy_of, device_of, dtype_of
+from .models.offloaded import require_in_memory
 from .models.tracker import PositionTracker
 from .names import KEY
 from .shift.inside import measure_block, measure_linears
+from .shift.messages import ONLY_EXPERTS, RESCALED, UNCHANGED, about_experts
 from .shift.outside import measure_outside
 from .shift.rescaling import Rescaling
 from .shift.settle import settle
-from .shift.sites import RESCALED, linear_sites, others_changed, sites_outside
+from .shift.sites import changed_experts, linear_sites, others_changed, sites_outside
 from .shift.statistics import Site
 from .vectors.attach import AttachedSite
 from .vectors.check import weights_digest
@@ -84,10 +86,9 @@ def compensate(
         try:
             for model in models:
                 model.eval()
-            work = _Pass(
+            compensation = _Pass(
                 quantized_model, float_model, calibration, config, rescalings or {}, copy_to_run
-            )
-            compensation = work.run()
+            ).run()
         finally:
             for model, mode in zip(models, training, strict=True):
                 model.train(mode)
@@ -117,6 +118,7 @@ class _Pass:
             else (find_blocks(model, config.blocks),)  # a snapshot has the blocks of one list
         )
         self.paths = [blocks.path for blocks in self.lists]
+        require_in_memory(model, self.paths)
         self.dtype = dtype_of(model)
         self.source = float_blocks_of(float_model)
         if self.live and find_block_lists(float_model, self.paths) != self.lists:
@@ -130,8 +132,8 @@ class _Pass:
         self.vectors: dict[str, Tensor] = {}
         self.kinds: dict[str, str] = {}
         self.errors: dict[str, SiteErrors] = {}
-        self.changed = False
-        self.rescaled = False
+        self.changed = self.rescaled = False
+        self.experts: list[str] = []
 
     def run(self) -> Compensation:
         """Compensate what is outside of the blocks, then block after block."""
@@ -146,11 +148,10 @@ class _Pass:
             )
             for number, name in enumerate(tqdm(blocks.names, desc="Compensating blocks")):
                 self._compensate_block(number, name)
+        if self.experts and "linear" in self.config.sites:
+            tqdm.write(about_experts(self.experts))
         if not self.changed:
-            raise BiasCompensationError(
-                "there is nothing to compensate: the linears of both models are the same. Pass the "
-                "quantized model first, then the float model it came from."
-            )
+            raise BiasCompensationError(ONLY_EXPERTS if self.experts else UNCHANGED)
         if self.rescaled and "linear" in self.config.sites:
             warnings.warn(RESCALED, stacklevel=4)
         return Compensation(
@@ -189,7 +190,10 @@ class _Pass:
         quantized = self.copy_to_run(self.model.get_submodule(name))
         with self.source.load(name, device_of(quantized)) as reference:
             changed = linear_sites(reference, quantized)
-            self.changed |= bool(changed)
+            experts = changed_experts(reference, quantized)
+            self.experts += [f"{name}.{path}" for path in experts]
+            stood_for = "block" in self.config.sites and bool(changed or experts)
+            self.changed |= bool(changed) or stood_for
             sites, outputs = measure_linears(
                 name,
                 number,
@@ -202,7 +206,7 @@ class _Pass:
                 self.dtype,
             )
         kept = [site for site in sites if self._keep(site)]
-        if "block" in self.config.sites and changed:
+        if stood_for:
             self._keep(self._measured_block(number, name, quantized, kept, outputs))
         for calls, output in zip(self.stream, outputs, strict=True):
             calls.hidden = output

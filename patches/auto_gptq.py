@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 
 from bc_plugin.errors import BiasCompensationError
@@ -39,12 +41,32 @@ def _config_from_pretrained(wrapped, cls, args, kwargs):
 
 def _quantize(wrapped, gptq, args, kwargs):
     override_flag(gptq.quantize_config, kwargs)
+    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    kernel = {name: given[name] for name in ("use_triton", "use_cuda_fp16") if name in given}
     return run_compensated(
         lambda: wrapped(*args, **kwargs),
         gptq.model,
         flag_of(gptq.quantize_config),
         lambda _: (gptq.model, gptq.quantize_config),
+        lambda _, block: _as_quantized(block, gptq, kernel),
     )
+
+
+def _as_quantized(block, gptq, kernel):
+    from auto_gptq.modeling._utils import make_quant
+
+    settings = gptq.quantize_config
+    make_quant(
+        block,
+        list(chain.from_iterable(gptq.inside_layer_modules)),
+        settings.bits,
+        settings.group_size,
+        desc_act=settings.desc_act,
+        disable_exllama=False,
+        disable_exllamav2=True,
+        **kernel,
+    )
+    return block
 
 
 def _add_batch(wrapped, gptq, args, kwargs):

@@ -59,7 +59,29 @@ def _quantize(wrapped, awq, args, kwargs):
         awq.model,
         config,
         lambda _: (awq.model, awq.quant_config),
+        lambda _, block: _as_quantized(block, awq.quant_config),
     )
+
+
+def _as_quantized(block, settings):
+    from awq.modules import linear as kernels
+    from awq.utils.module import exclude_layers_to_not_quantize, get_named_linears, set_op_by_name
+
+    kernel = {
+        "gemm": kernels.WQLinear_GEMM,
+        "gemv": kernels.WQLinear_GEMV,
+        "gemv_fast": kernels.WQLinear_GEMVFast,
+        "marlin": kernels.WQLinear_Marlin,
+    }[settings.version]
+    linears = get_named_linears(block)
+    chosen = exclude_layers_to_not_quantize(linears, settings.modules_to_not_convert)
+    for path, linear in chosen.items():
+        set_op_by_name(
+            block,
+            path,
+            kernel.from_linear(linear, settings.w_bit, settings.q_group_size, init_only=True),
+        )
+    return block
 
 
 # Saving: nothing to do, it writes the model's state dict and the config's to_transformers_dict

@@ -5,9 +5,11 @@ Optimum quantizes with its GPTQ object, too.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from bc_plugin.config import BiasCompensationConfig
 from bc_plugin.errors import BiasCompensationError
-from bc_plugin.models.modules import copy_of
+from bc_plugin.models.modules import copy_of, linears_of
 from bc_plugin.names import KEY
 from bc_plugin.supported import SUPPORTED
 from bc_plugin.toolkits.awq import scales_are_applied
@@ -58,14 +60,48 @@ def _quantize(wrapped, qmodel, args, kwargs):
         qmodel.model,
         config,
         lambda _: (qmodel.model, settings),
-        lambda block: _copy_to_run(block, qmodel),
+        lambda name, block: _ready_to_run(_with_kernels(name, block, qmodel), qmodel),
+        lambda block: _ready_to_run(copy_of(block), qmodel),
     )
 
 
-def _copy_to_run(block, qmodel):
+def _with_kernels(name, block, qmodel):
+    from gptqmodel.utils.model import create_quant_module
+
+    settings, block = qmodel.quantize_config, block.to("cpu")
+    awq = settings.method == "awq"
+    groups = qmodel.simple_layer_modules(qmodel.model.config, settings, is_awq_quantize=awq)
+    model = _at(name, block)  # rules for single modules are about their full names
+    for path, linear in linears_of(block):
+        if any(path in group for group in groups):
+            create_quant_module(
+                name=f"{name}.{path}",
+                linear_cls=qmodel.qlinear_kernel,
+                bits=settings.runtime_bits,
+                desc_act=settings.desc_act,
+                dynamic=settings.dynamic,
+                group_size=settings.group_size,
+                module=model,
+                submodule=linear,
+                sym=settings.sym,
+                device=settings.device,
+                lm_head_name=qmodel.lm_head,
+                pack_dtype=settings.pack_dtype,
+                format=settings.format,
+            )
+    return block
+
+
+def _at(name, block):
+    for part in reversed(name.split(".")):
+        block = SimpleNamespace(**{part: block})
+    return block
+
+
+def _ready_to_run(block, qmodel):
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format
 
-    settings, block = qmodel.quantize_config, copy_of(block)
+    settings = qmodel.quantize_config
     if settings.format == "gptq":
         # As its loader does. Until then the kernels of the model in memory misread zero points.
         convert_gptq_v1_to_v2_format(block, settings, qmodel.qlinear_kernel)

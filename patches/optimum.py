@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from itertools import chain
+
+from bc_plugin.models.modules import device_of
 from bc_plugin.names import KEY
 from bc_plugin.supported import SUPPORTED
-from bc_plugin.toolkits.flag import flag_of, is_entry, set_flag
+from bc_plugin.toolkits.flag import config_to_dict, flag_of, is_entry, set_flag
 from bc_plugin.toolkits.load import attach_held, hold_for
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
@@ -15,20 +19,31 @@ from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
 def _init(wrapped, quantizer, args, kwargs):
     wrapped(*args, **kwargs)
     set_flag(quantizer, kwargs.get(KEY))
-    if hasattr(quantizer, KEY):
-        quantizer.serialization_keys.append(KEY)
 
 
 # Quantizing
 
 
 def _quantize_model(wrapped, quantizer, args, kwargs):
+    model = argument("model", 0, args, kwargs)
     return run_compensated(
         lambda: wrapped(*args, **kwargs),
-        argument("model", 0, args, kwargs),
+        model,
         flag_of(quantizer),
         lambda quantized: (quantized, quantizer),
+        lambda _, block: _as_quantized(block, quantizer, model),
     )
+
+
+def _as_quantized(block, quantizer, model):
+    from optimum.gptq.utils import get_layers
+
+    quantizer = copy.copy(quantizer)  # on which kernels are noted
+    chosen = quantizer.modules_in_block_to_quantize or [get_layers(block)]
+    device_map = getattr(model, "hf_device_map", {"": device_of(block)})
+    quantizer.select_quant_linear(device_map=device_map, pack=True)
+    quantizer._replace_by_quant_layers(block, list(chain.from_iterable(chosen)))
+    return quantizer.post_init_model(block)
 
 
 # Saving
@@ -70,7 +85,10 @@ OPTIMUM = Toolkit(
     supported=SUPPORTED["optimum"],
     # Else GPTQConfig would swallow the flag without a word; and the GPTQ objects are theirs.
     needs=("transformers", "gptqmodel", "auto_gptq"),
-    config=(Patch(f"{QUANTIZER}.__init__", _init, ("bits", "kwargs")),),
+    config=(
+        Patch(f"{QUANTIZER}.__init__", _init, ("bits", "kwargs")),
+        Patch(f"{QUANTIZER}.to_dict", config_to_dict),
+    ),
     quantizing=(
         Patch(f"{QUANTIZER}.quantize_model", _quantize_model, ("model", "tokenizer")),
         Patch(f"{MODULE}:prepare_dataset", calibration_is_ready, ("examples",)),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .blocks import Blocks
 from .modules import device_of
+from .offloaded import require_in_memory
 
 
 class LiveBlocks:
@@ -47,9 +48,13 @@ class BlockSnapshot:
     Args:
         model: The float model.
         blocks: Where its blocks are.
+
+    Raises:
+        BiasCompensationError: the model is offloaded.
     """
 
     def __init__(self, model: nn.Module, blocks: Blocks) -> None:
+        require_in_memory(model, [blocks.path])
         files = _safetensors(model)
         self.skeletons: dict[str, nn.Module] = {}
         self.files: dict[tuple[str, str], tuple[Path, str]] = {}

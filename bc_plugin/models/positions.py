@@ -172,6 +172,16 @@ def vector_rows(index: Tensor, positions: int) -> Tensor:
     return index.masked_fill(index < 0, positions).clamp(max=positions)
 
 
+def _are_tokens(shape: torch.Size, tokens: Tensor) -> bool:
+    """Whether values of ``shape`` are those of ``tokens``, (batch, length), in the same order.
+
+    They may be flattened, or have one head as in multi-head latent attention: (batch, 1, length).
+    """
+    if shape in (tokens.shape, (tokens.numel(),)):
+        return True
+    return [n for n in shape if n != 1] == [n for n in tokens.shape if n != 1]
+
+
 def rows_of(rows: Tensor, hidden: Tensor) -> Tensor:
     """``rows``, (batch, length), laid out like the tokens of ``hidden``, which may be flattened.
 
@@ -179,7 +189,7 @@ def rows_of(rows: Tensor, hidden: Tensor) -> Tensor:
         BiasCompensationError: ``hidden`` holds other tokens, or the same in windows.
     """
     tokens = hidden.shape[:-1]
-    if tokens != rows.shape and tokens != (rows.numel(),):
+    if not _are_tokens(tokens, rows):
         raise BiasCompensationError(
             f"a site gives tokens of shape {tuple(tokens)} where the model has "
             f"{tuple(rows.shape)}, as in windowed or cross-attention, so their positions are "
@@ -203,7 +213,7 @@ def site_index(
         BiasCompensationError: they are other tokens, so that their positions, or which of them
             are padding, are unknown.
     """
-    if tokens == own.shape or tokens == (own.numel(),):
+    if _are_tokens(tokens, own):
         if context is not None and own.shape == context.shape:
             _require_equal(name, positions, own, context)
         return own

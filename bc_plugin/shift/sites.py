@@ -9,22 +9,35 @@ from torch import nn
 
 from ..errors import BiasCompensationError
 from ..models.blocks import Blocks
+from ..models.experts import is_routed, stacked_experts
 from ..models.modules import is_linear, linears_of
-
-RESCALED = (
-    "the quantized model's norms are not the float model's: scales were moved within its blocks, "
-    "as AWQ does, or it was trained on, so outputs of single linears may stand for others. Only "
-    "outputs of blocks were compensated. Quantize with bias_compensation=True in the toolkit, or "
-    "pass the trained model before it was rounded, to compensate linears, too."
-)
 
 
 def linear_sites(float_block: nn.Module, quantized_block: nn.Module) -> list[str]:
-    """Paths, within the block, of the linears that quantization changed.
+    """Paths, within the block, of the linears that quantization changed, routed experts aside.
 
     Raises:
         BiasCompensationError: a linear of the float block is missing in the quantized one.
     """
+    return [path for path in _changed_linears(float_block, quantized_block) if not is_routed(path)]
+
+
+def changed_experts(float_block: nn.Module, quantized_block: nn.Module) -> list[str]:
+    """Paths, within the block, of the routed experts that quantization changed.
+
+    Each is a linear, or a parameter that holds all experts.
+    """
+    kept = dict(quantized_block.named_parameters())
+    linears = filter(is_routed, _changed_linears(float_block, quantized_block))
+    stacks = (
+        path
+        for path, stack in stacked_experts(float_block)
+        if path not in kept or not _same(stack, kept[path])
+    )
+    return [*linears, *stacks]
+
+
+def _changed_linears(float_block: nn.Module, quantized_block: nn.Module) -> list[str]:
     return [n for n, linear in linears_of(float_block) if _changed(n, linear, quantized_block)]
 
 
@@ -68,11 +81,12 @@ def _changed(name: str, module: nn.Module, quantized: nn.Module) -> bool:
 
 
 def others_changed(float_block: nn.Module, quantized_block: nn.Module) -> bool:
-    """Whether anything but linears differs by more than the rounding of half precision."""
+    """Whether anything but linears and experts differs by more than half precision rounds."""
     linears = tuple(f"{name}." for name, _ in linears_of(float_block))
+    experts = {name for name, _ in stacked_experts(float_block)}
     kept = dict(quantized_block.named_parameters()) | dict(quantized_block.named_buffers())
     for name, tensor in float_block.named_parameters():
-        if name.startswith(linears) or tensor.is_meta:
+        if name.startswith(linears) or name in experts or tensor.is_meta:
             continue
         other = kept.get(name)
         if other is None or other.shape != tensor.shape:

@@ -33,10 +33,15 @@ def flag_of(config: Any) -> BiasCompensationConfig | None:
     return None if is_entry(value) else BiasCompensationConfig.parse(value)
 
 
+def forget_flag(config: Any) -> None:
+    """Take the request, or the entry, off a toolkit's config object."""
+    vars(config).pop(KEY, None)
+
+
 def override_flag(config: Any, kwargs: dict[str, Any]) -> None:
     """Let the keyword of a toolkit's ``quantize``, where given, replace the config's request."""
     if KEY in kwargs:
-        vars(config).pop(KEY, None)
+        forget_flag(config)
         set_flag(config, kwargs.pop(KEY))
 
 

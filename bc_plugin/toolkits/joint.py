@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import BiasCompensationError
 from ..marks import mark, mark_of, unmark
 from ..models.blocks import Blocks
+from ..models.experts import is_routed
 from ..models.modules import linears_of
 from ..models.positions import call_arguments, token_index, vector_rows
 from ..models.tracker import PositionTracker
@@ -41,6 +42,8 @@ class JointGPTQ:
             block = model.get_submodule(name)
             self.handles.append(block.register_forward_pre_hook(self._observe, with_kwargs=True))
             for path, linear in linears_of(block):
+                if is_routed(path):  # it gets no vector to take its mean out
+                    continue
                 # By its weight, since GPTQModel puts another module around it.
                 mark(linear.weight, CentredInputs(self, f"{name}.{path}"))
                 self.weights.append(linear.weight)

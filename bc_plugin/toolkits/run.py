@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -24,8 +25,10 @@ from ..refinement.config import RefinementConfig
 from ..refinement.float_logits import FloatLogits
 from ..shift.rescaling import Rescaling
 from ..vectors.compensation import Compensation
-from .flag import set_flag
+from ..vectors.entry import set_entry
+from .flag import forget_flag, set_flag
 from .joint import JointGPTQ
+from .rehearse import AsQuantized, Rehearsal
 
 R = TypeVar("R")
 
@@ -39,10 +42,13 @@ class CompensatedQuantization:
     Args:
         model: The float model, about to be overwritten.
         config: What was asked for.
+        as_quantized: As ``run_compensated`` has it.
     """
 
-    def __init__(self, model: nn.Module, config: BiasCompensationConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self, model: nn.Module, config: BiasCompensationConfig, as_quantized: AsQuantized
+    ) -> None:
+        self.model, self.config, self.as_quantized = model, config, as_quantized
         self.blocks = find_blocks(model, config.blocks)
         self.calibration: list[dict[str, Any]] | None = None
         self.float_blocks: BlockSnapshot | None = None
@@ -75,12 +81,12 @@ class CompensatedQuantization:
             {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
             for batch in calibration
         ]
-        positions = self._check()
+        self.float_blocks = BlockSnapshot(self.model, self.blocks)
+        positions = self._check(self.float_blocks)
         if self.refinement is not None and self.refinement.by == "model":
             self.float_logits = record_float_logits(
                 self.model, self.calibration, self.refinement, folder=self._scratch.name
             )
-        self.float_blocks = BlockSnapshot(self.model, self.blocks)
         if self.config.joint and "linear" in self.config.sites:
             self.joint = JointGPTQ(self.model, self.blocks, positions)
         for name in self.blocks.names:
@@ -88,16 +94,24 @@ class CompensatedQuantization:
             mark(self.model.get_submodule(name), self.rescalings[name])
 
     @torch.no_grad()
-    def _check(self) -> int:
+    def _check(self, float_blocks: BlockSnapshot) -> int:
         """Find out in seconds what would otherwise fail after hours; returns the positions."""
-        _, positions = prepare_stream(self.model, self.blocks, self.calibration, self.config)
+        stream, positions = prepare_stream(self.model, self.blocks, self.calibration, self.config)
         logits = call_model(self.model, self.calibration[0], device_of(self.model))[0]
         if not bool(torch.isfinite(logits).all()):
             raise BiasCompensationError(
                 "the float model's output on the first calibration sequence is not finite (type "
                 f"{logits.dtype}); load it in bfloat16 or float32 before quantizing."
             )
+        Rehearsal(
+            self.model, self.blocks, float_blocks, self.as_quantized, positions, self.config
+        ).run(stream)
         return positions
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether any linear was quantized jointly."""
+        return self.joint is not None and self.joint.quantized > 0
 
     def finish(
         self, quantized: nn.Module, copy_to_run: Callable[[nn.Module], nn.Module] = copy_of
@@ -121,7 +135,7 @@ class CompensatedQuantization:
             rescalings=self.rescalings,
             copy_to_run=copy_to_run,
         )
-        compensation.joint = self.joint is not None and self.joint.quantized > 0
+        compensation.joint = self.is_joint
         if self.refinement is not None:
             compensation = train_vectors(
                 quantized,
@@ -140,6 +154,7 @@ def run_compensated(
     model: nn.Module,
     config: BiasCompensationConfig | None,
     outcome: Callable[[R], tuple[nn.Module, Any]],
+    as_quantized: AsQuantized,
     copy_to_run: Callable[[nn.Module], nn.Module] = copy_of,
 ) -> R:
     """A toolkit's quantization, with compensation where it was asked for.
@@ -150,16 +165,53 @@ def run_compensated(
         config: What was asked for, if anything.
         outcome: From what ``quantize`` returned, the quantized model, and the toolkit's config
             object, which is given the compensation's entry.
+        as_quantized: Of a block's name and a copy of it, what ``quantize`` will make of it, on the
+            device it will run on; its weights do not matter. Called before ``quantize`` begins.
         copy_to_run: Makes of a quantized block a copy that computes what the block will compute
             once it was saved and loaded.
+
+    Raises:
+        BiasCompensationError: it cannot be compensated. In most cases this is known before anything
+            is quantized; where it is not, the error's ``model`` is the quantized model.
     """
     if config is None:
         return quantize()
-    with CompensatedQuantization(model, config) as run:
+    with CompensatedQuantization(model, config, as_quantized) as run:
         result = quantize()
         quantized, settings = outcome(result)
-        set_flag(settings, run.finish(quantized, copy_to_run).entry())
+        with _left_plain(run, quantized, settings):
+            set_flag(settings, run.finish(quantized, copy_to_run).entry())
     return result
+
+
+@contextmanager
+def _left_plain(
+    run: CompensatedQuantization, quantized: nn.Module, settings: Any
+) -> Iterator[None]:
+    """What fails here leaves a quantized model that says of itself what it is."""
+    try:
+        yield
+    except BaseException as error:
+        attached = Compensation.attached_to(quantized)
+        if attached is not None:
+            attached.detach(quantized)
+        set_entry(quantized, None)
+        forget_flag(settings)
+        if not isinstance(error, Exception):  # Ctrl-C, for one
+            raise
+        failure = BiasCompensationError(
+            f"the model is quantized, but could not be compensated: {error}\nIt is left without "
+            "compensation, and can be saved and loaded like any other; it is this error's `model`, "
+            "too. Compensate it then with bc_plugin.compensate or `bc-plugin compensate`"
+            + (
+                ", its linears at least: GPTQ knew that their biases would follow (joint), and "
+                "without those its weights are worse than plain ones."
+                if run.is_joint
+                else "."
+            )
+        )
+        failure.model = quantized
+        raise failure from error
 
 
 def is_running() -> bool:

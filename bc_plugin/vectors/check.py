@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import BiasCompensationError
 from ..models.blocks import find_block_lists
 from ..models.modules import stored_tensors
+from ..models.offloaded import require_in_memory
 from ..names import KEY
 from .contents import Contents
 
@@ -44,9 +45,14 @@ def weights_digest(model: nn.Module, lists: Iterable[str], sites: Iterable[str] 
     Args:
         lists: Paths of the lists of blocks.
         sites: Names of the sites with vectors.
+
+    Raises:
+        BiasCompensationError: some of these weights are offloaded.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for path in _holders(list(lists), sites):
+    holders = _holders(list(lists), sites)
+    require_in_memory(model, holders)
+    for path in holders:
         weights = _weights(model.get_submodule(path))
         packed = {name: w for name, w in weights.items() if not w.is_floating_point()}
         for name, weight in sorted((packed or weights).items()):

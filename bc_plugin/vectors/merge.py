@@ -28,7 +28,10 @@ class MergedBias:
             self.persistent = "bias" not in module._non_persistent_buffers_set
         self.requires_grad = base is not None and base.requires_grad
         delattr(module, "bias")
-        module.register_buffer(OWN_BIAS, None if base is None else base.detach(), persistent=False)
+        if base is None:  # not as a buffer: accelerate asks all of them for their device
+            setattr(module, OWN_BIAS, None)
+        else:
+            module.register_buffer(OWN_BIAS, base.detach(), persistent=False)
         module.register_buffer("bias", None, persistent=False)
         self.dtype = dtype
         self._merge(module)

@@ -1,0 +1,64 @@
+"""Models that accelerate keeps on the CPU or on disk: what works, and what says so at once."""
+
+import copy
+
+import pytest
+import torch
+from helpers.language import crudely_quantized, tiny_model, token_batches
+
+import bc_plugin
+from bc_plugin import BiasCompensationError
+from bc_plugin.models.blocks import find_blocks
+from bc_plugin.models.float_blocks import BlockSnapshot
+
+accelerate = pytest.importorskip("accelerate")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pair():
+    model = tiny_model()
+    return model, crudely_quantized(model)
+
+
+def _offloaded(model, **options):
+    return accelerate.cpu_offload(copy.deepcopy(model), execution_device=CPU, **options)
+
+
+def test_a_quantized_model_is_refused_before_the_pass(pair, monkeypatch):
+    model, quantized = pair
+    monkeypatch.setattr(bc_plugin.models.calls, "_record", None)  # the pass would call it
+    with pytest.raises(BiasCompensationError, match=r"layers\.0.*offloaded.*device_map"):
+        bc_plugin.compensate(_offloaded(quantized), model, token_batches())
+
+
+def test_a_float_model_may_be(pair):
+    model, quantized = pair
+    found = bc_plugin.compensate(quantized, _offloaded(model), token_batches())
+    expected = bc_plugin.compensate(quantized, model, token_batches())
+    assert all(torch.equal(found.vectors[n], v) for n, v in expected.vectors.items())
+
+
+def test_its_blocks_are_not_kept_for_a_toolkit(pair):
+    with pytest.raises(BiasCompensationError, match="offloaded"):
+        BlockSnapshot(_offloaded(pair[0]), find_blocks(pair[0]))
+
+
+def test_attaching_says_what_to_do(pair):
+    model, quantized = pair
+    found = bc_plugin.compensate(quantized, model, token_batches())
+    with pytest.raises(BiasCompensationError, match="it may be offloaded afterwards"):
+        found.attach(_offloaded(quantized))
+
+
+@pytest.mark.parametrize("positions", [0, 1])
+@pytest.mark.parametrize("buffers", [False, True])
+def test_a_compensated_model_may_be_offloaded(pair, positions, buffers):
+    model, quantized = pair[0], copy.deepcopy(pair[1])
+    found = bc_plugin.compensate(quantized, model, token_batches(), {"positions": positions})
+    found.attach(quantized)
+    batch = token_batches(1, seed=3)[0]
+    with torch.no_grad():
+        expected = quantized(**batch).logits
+        offloaded = accelerate.cpu_offload(quantized, execution_device=CPU, offload_buffers=buffers)
+        torch.testing.assert_close(offloaded(**batch).logits, expected)
