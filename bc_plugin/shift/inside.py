@@ -54,7 +54,7 @@ def measure_linears(
     outputs = []
     with alongside(reference, modules, prepare, compare):
         for current in stream:
-            outputs.append(current.run(reference, number, device, float_dtype))
+            outputs.append(current.run(reference, number, device, float_dtype, lasting=True))
             check_finite(outputs[-1], name, "float")
     return list(sites.values()), outputs
 

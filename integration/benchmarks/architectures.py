@@ -81,7 +81,10 @@ def _with_positions(model: Any, quantized: Any, positions: int) -> dict[str, Any
             vectors[:-1] += 0.5 * torch.randn(vectors[:-1].shape)
         compensation.attach_unchecked(compensated)
     ids = token_batches(1, length=checks.PROMPT, seed=1)[0]["input_ids"]
-    for name, check in {"decoding": checks.decoding_differs, "padding": checks.padding_differs}.items():
+    for name, check in {
+        "decoding": checks.decoding_differs,
+        "padding": checks.padding_differs,
+    }.items():
         found[name] = checks.compared(check, quantized, compensated, ids)
     right = found.get("vectors", "exact") == "exact" and not any(
         found[name].startswith("differs") for name in ("decoding", "padding")
