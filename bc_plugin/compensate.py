@@ -144,7 +144,7 @@ class _Pass:
             # in front of a later list stand blocks, too, but then the float model is at hand.
             start = self.float_model if self.live else self.model
             self.stream, self.positions = prepare_stream(
-                start, blocks, self.calibration, self.config
+                start, blocks, self.calibration, self.config, checked=self.live
             )
             for number, name in enumerate(tqdm(blocks.names, desc="Compensating blocks")):
                 self._compensate_block(number, name)

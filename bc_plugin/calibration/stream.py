@@ -10,25 +10,38 @@ from torch import nn
 from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
 from ..models.blocks import Blocks
-from ..models.calls import BlockCalls, record_calls
+from ..models.calls import BlockCalls
 from ..models.modules import device_of
+from ..models.record import record_calls
+from ..models.stream_check import check_stream
 from .batches import calibration_batches
 
 
 def prepare_stream(
-    model: nn.Module, blocks: Blocks, calibration: Iterable[Any], config: BiasCompensationConfig
+    model: nn.Module,
+    blocks: Blocks,
+    calibration: Iterable[Any],
+    config: BiasCompensationConfig,
+    checked: bool = True,
 ) -> tuple[list[BlockCalls], int]:
     """The calibration data as calls of the model's first block, some of it held out.
+
+    Args:
+        model: The float model, or what is left of it around its blocks.
+        checked: Whether its blocks are still there to be checked on one batch.
 
     Returns:
         The calls, and the number of leading positions with a vector of their own.
 
     Raises:
         BiasCompensationError: the data is empty, all padding, or too short for the positions, or
-            there is too little of it to hold some out where that is needed.
+            there is too little of it to hold some out where that is needed; the model's blocks
+            cannot be run one after another.
     """
     fitted, apart = calibration_batches(calibration, config)
     device = device_of(model)
+    if checked:
+        check_stream(model, blocks, fitted[0])
     stream = list(record_calls(model, blocks, fitted, device))
     longest = max(int(calls.index.max()) + 1 for calls in stream)
     if config.positions != "all" and longest <= config.positions:

@@ -34,7 +34,10 @@ class Blocks:
 def _is_block_list(module: nn.Module) -> bool:
     if not isinstance(module, nn.ModuleList) or len(module) == 0:
         return False
-    if len({type(child) for child in module}) != 1:
+    kinds = {type(child) for child in module}
+    # Attention and state-space blocks in turns (Jamba) are classes of one file.
+    mixed = len({kind.__module__ for kind in kinds}) == 1 and all(map(_has_parts, module))
+    if len(kinds) != 1 and not mixed:
         return False
     # Stages of a convolutional backbone (DETR's ResNet) hold nothing but 4D weights.
     return any(tensor.dim() in (2, 3) for _, tensor in stored_tensors(module[0]))
@@ -51,7 +54,8 @@ def find_block_lists(
 
     Args:
         paths: Where they are, when known; otherwise the outermost ``ModuleList`` whose members are
-            of one class and hold weights. A list of stages stands for the lists within.
+            of one class, or of several that are defined together, and hold weights. A list of
+            stages stands for the lists within.
 
     Raises:
         BiasCompensationError: there is no such list, or which ones are meant is not clear.
@@ -105,8 +109,12 @@ def find_blocks(model: nn.Module, path: str | Sequence[str] | None = None) -> Bl
 
 
 def _is_composite(model: nn.Module, path: str) -> bool:
-    """Whether members consist of several layers, as blocks do; a head may be a list of linears."""
-    return any(model.get_submodule(path)[0].children())
+    return _has_parts(model.get_submodule(path)[0])
+
+
+def _has_parts(module: nn.Module) -> bool:
+    """Whether it consists of several layers, as blocks do; a head may be a list of linears."""
+    return any(module.children())
 
 
 def _outermost(model: nn.Module, lists: list[str]) -> list[str]:

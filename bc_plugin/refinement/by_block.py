@@ -12,10 +12,11 @@ from tqdm.auto import tqdm
 
 from ..errors import BiasCompensationError
 from ..models.blocks import Blocks, find_blocks
-from ..models.calls import BlockCalls, record_calls, skipped_blocks
+from ..models.calls import BlockCalls
 from ..models.float_blocks import BlockSnapshot, float_blocks_of
 from ..models.modules import device_of, dtype_of
 from ..models.predictions import next_token_log_probabilities
+from ..models.record import record_calls, skipped_blocks
 from ..models.tracker import PositionTracker
 from ..vectors.compensation import Compensation
 from .config import RefinementConfig
@@ -64,7 +65,8 @@ def train_by_block(
             with torch.no_grad(), source.load(name, device_of(block)) as reference:
                 dtype = dtype_of(reference)
                 targets = [
-                    calls.run(reference, number, device_of(block), dtype) for calls in stream
+                    calls.run(reference, number, device_of(block), dtype, lasting=True)
+                    for calls in stream
                 ]
             own = _sites_within(block, name, compensation)
             tracker = PositionTracker(compensation.positions)

@@ -17,16 +17,24 @@ def settle(
 ) -> tuple[Tensor, SiteErrors] | None:
     """A site's vectors, in the type they are stored in, and its errors; None if not kept.
 
+    A linear that is never called for an output, such as one whose weight its block takes and
+    multiplies with itself (Mamba's ``dt_proj``), is left to the vectors of its block.
+
     Args:
         model_dtype: The type the quantized model computes in.
 
     Raises:
-        BiasCompensationError: no calibration token came to the site, or the shift is not finite.
+        BiasCompensationError: no calibration token came to the site, and no block's vectors stand
+            for it; or the shift is not finite.
     """
     if site.fitted.total is None:
+        if site.kind == "linear" and "block" in config.sites:
+            tqdm.write(f"{site.name}: left to its block, the calibration data never reaches it")
+            return None
         raise BiasCompensationError(
-            f"{site.name}: the calibration data never reaches this module. Use other data, or "
-            "compensate only blocks with sites='block'."
+            f"{site.name}: the calibration data never reaches this module, or not for an output "
+            "that can be compared. Add 'block' to the sites, whose vectors then stand for it, or "
+            "use other data."
         )
     vectors = _stored(site.fitted.vectors(), config.dtype, model_dtype)
     if not bool(torch.isfinite(vectors).all()):

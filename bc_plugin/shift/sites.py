@@ -100,4 +100,6 @@ def others_changed(float_block: nn.Module, quantized_block: nn.Module) -> bool:
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.is_meta or b.is_meta or a.shape != b.shape:  # meta: offloaded, so not to be compared
         return False
+    if type(a.data) is not type(b.data):  # TorchAO's; torch.equal does not know all of them
+        return False
     return torch.equal(a.detach(), b.detach().to(a.device, a.dtype))
