@@ -22,11 +22,11 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small models, each in a process of its own
 
-import architecture_checks as checks
-import tiny_architectures
 import torch
 import transformers
 from helpers.language import crudely_quantized, token_batches
+from rig import architecture_checks as checks
+from rig.subjects import tiny_architectures
 
 import bc_plugin
 from bc_plugin import BiasCompensationError
