@@ -9,7 +9,7 @@ from pathlib import Path
 from bc_plugin.errors import BiasCompensationError
 from bc_plugin.names import KEY
 from bc_plugin.supported import SUPPORTED
-from bc_plugin.toolkits.flag import config_to_dict, flag_of, override_flag, set_flag
+from bc_plugin.toolkits.flag import asked_by, config_of, config_to_dict, set_flag
 from bc_plugin.toolkits.joint import centred_inputs, weight_of
 from bc_plugin.toolkits.load import attach_around, files_read, read_compensation
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
@@ -38,13 +38,12 @@ def _config_from_pretrained(wrapped, cls, args, kwargs):
 
 
 def _quantize(wrapped, gptq, args, kwargs):
-    override_flag(gptq.quantize_config, kwargs)
-    return run_compensated(
-        lambda: wrapped(*args, **kwargs),
-        gptq.model,
-        flag_of(gptq.quantize_config),
-        lambda _: (gptq.model, gptq.quantize_config),
+    config = asked_by(gptq.quantize_config, kwargs)
+    result = run_compensated(
+        lambda: wrapped(*args, **kwargs), gptq.model, config, lambda _: gptq.model
     )
+    gptq.quantize_config = config_of(gptq.model, gptq.quantize_config)
+    return result
 
 
 def _add_batch(wrapped, gptq, args, kwargs):

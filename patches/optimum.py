@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from bc_plugin.names import KEY
 from bc_plugin.supported import SUPPORTED
-from bc_plugin.toolkits.flag import flag_of, is_entry, set_flag
+from bc_plugin.toolkits.flag import asked_by, is_entry, set_flag
 from bc_plugin.toolkits.load import attach_held, hold_for
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
+from bc_plugin.vectors import Compensation
 
 # Config
 
@@ -15,7 +19,7 @@ from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
 def _init(wrapped, quantizer, args, kwargs):
     wrapped(*args, **kwargs)
     set_flag(quantizer, kwargs.get(KEY))
-    if hasattr(quantizer, KEY):
+    if is_entry(getattr(quantizer, KEY, None)):  # a request is nobody's who reads a checkpoint
         quantizer.serialization_keys.append(KEY)
 
 
@@ -26,8 +30,8 @@ def _quantize_model(wrapped, quantizer, args, kwargs):
     return run_compensated(
         lambda: wrapped(*args, **kwargs),
         argument("model", 0, args, kwargs),
-        flag_of(quantizer),
-        lambda quantized: (quantized, quantizer),
+        asked_by(quantizer),
+        lambda quantized: quantized,
     )
 
 
@@ -35,14 +39,22 @@ def _quantize_model(wrapped, quantizer, args, kwargs):
 
 
 def _save(wrapped, quantizer, args, kwargs):
-    model = argument("model", 0, args, kwargs)
+    model, folder = argument("model", 0, args, kwargs), argument("save_dir", 1, args, kwargs)
+    compensation = Compensation.attached_to(model)
+    if compensation is None:
+        return wrapped(*args, **kwargs)
     config = getattr(model.config, "quantization_config", None)
     converts = quantizer.sym and getattr(quantizer, "format", None) == "gptq_v2"
-    if converts and is_entry(getattr(quantizer, KEY, None)) and isinstance(config, dict):
+    if converts and isinstance(config, dict):
         # Optimum writes the zero points of a symmetric model in the older format, and leaves the
         # newer one's name in config.json, so that loaders would misread them.
         config["format"] = "gptq"
-    return wrapped(*args, **kwargs)
+    result = wrapped(*args, **kwargs)
+    # The model's config.json has its entry; the quantizer may have quantized other models since.
+    path = Path(folder, GPTQ_CONFIG)
+    settings = {**json.loads(path.read_text(encoding="utf-8")), KEY: compensation.entry()}
+    path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    return result
 
 
 # Loading
@@ -63,6 +75,7 @@ def _post_init_model(wrapped, quantizer, args, kwargs):
 
 # Toolkit
 
+GPTQ_CONFIG = "quantize_config.json"
 MODULE = "optimum.gptq.quantizer"
 QUANTIZER = f"{MODULE}:GPTQQuantizer"
 OPTIMUM = Toolkit(

@@ -24,7 +24,6 @@ from ..refinement.config import RefinementConfig
 from ..refinement.float_logits import FloatLogits
 from ..shift.rescaling import Rescaling
 from ..vectors.compensation import Compensation
-from .flag import set_flag
 from .joint import JointGPTQ
 
 R = TypeVar("R")
@@ -139,7 +138,7 @@ def run_compensated(
     quantize: Callable[[], R],
     model: nn.Module,
     config: BiasCompensationConfig | None,
-    outcome: Callable[[R], tuple[nn.Module, Any]],
+    outcome: Callable[[R], nn.Module],
     copy_to_run: Callable[[nn.Module], nn.Module] = copy_of,
 ) -> R:
     """A toolkit's quantization, with compensation where it was asked for.
@@ -148,8 +147,7 @@ def run_compensated(
         quantize: The toolkit's own call; returns what is returned.
         model: The float model, about to be overwritten.
         config: What was asked for, if anything.
-        outcome: From what ``quantize`` returned, the quantized model, and the toolkit's config
-            object, which is given the compensation's entry.
+        outcome: From what ``quantize`` returned, the quantized model.
         copy_to_run: Makes of a quantized block a copy that computes what the block will compute
             once it was saved and loaded.
     """
@@ -157,8 +155,7 @@ def run_compensated(
         return quantize()
     with CompensatedQuantization(model, config) as run:
         result = quantize()
-        quantized, settings = outcome(result)
-        set_flag(settings, run.finish(quantized, copy_to_run).entry())
+        run.finish(outcome(result), copy_to_run)
     return result
 
 
