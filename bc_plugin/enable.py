@@ -78,7 +78,8 @@ def enable(*names: str) -> tuple[str, ...]:
 
 def _resolved(toolkit: Toolkit, modules: Container[str]) -> list[Applied]:
     """Those patches of a toolkit that belong into ``modules``."""
-    return [Applied(toolkit, patch) for patch in toolkit.patches if patch.module in modules]
+    patches = [patch for patch in toolkit.patches if patch.module in modules]
+    return [Applied(toolkit, each) for patch in patches for each in patch.each()]
 
 
 def _is_imported(module: ModuleType) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from bc_plugin.errors import BiasCompensationError
 from bc_plugin.names import KEY
 from bc_plugin.supported import SUPPORTED
-from bc_plugin.toolkits.flag import config_to_dict, flag_of, override_flag, set_flag
+from bc_plugin.toolkits.flag import asked_by, config_of, config_to_dict, set_flag
 from bc_plugin.toolkits.joint import centred_inputs, weight_of
 from bc_plugin.toolkits.load import attach_around, files_read, read_compensation
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
@@ -40,16 +40,18 @@ def _config_from_pretrained(wrapped, cls, args, kwargs):
 
 
 def _quantize(wrapped, gptq, args, kwargs):
-    override_flag(gptq.quantize_config, kwargs)
+    config = asked_by(gptq.quantize_config, kwargs)
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     kernel = {name: given[name] for name in ("use_triton", "use_cuda_fp16") if name in given}
-    return run_compensated(
+    result = run_compensated(
         lambda: wrapped(*args, **kwargs),
         gptq.model,
-        flag_of(gptq.quantize_config),
-        lambda _: (gptq.model, gptq.quantize_config),
+        config,
+        lambda _: gptq.model,
         lambda _, block: _as_quantized(block, gptq, kernel),
     )
+    gptq.quantize_config = config_of(gptq.model, gptq.quantize_config)
+    return result
 
 
 def _as_quantized(block, gptq, kernel):

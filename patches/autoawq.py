@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 import warnings
 
-from bc_plugin.config import BiasCompensationConfig
 from bc_plugin.errors import BiasCompensationError
 from bc_plugin.names import KEY
 from bc_plugin.supported import SUPPORTED
 from bc_plugin.toolkits.awq import scales_are_applied
-from bc_plugin.toolkits.flag import is_entry, set_flag
+from bc_plugin.toolkits.flag import asked, config_of, is_entry, set_flag
 from bc_plugin.toolkits.load import attach_held, hold_for
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
@@ -38,7 +37,7 @@ def _config_to_transformers(wrapped, config, args, kwargs):
 
 def _quantize(wrapped, awq, args, kwargs):
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    config = BiasCompensationConfig.parse(given.get("quant_config", {}).get(KEY))
+    config = asked(given.get("quant_config", {}).get(KEY))
     if config is None:
         return wrapped(*args, **kwargs)
     if given.get("export_compatible"):
@@ -54,13 +53,15 @@ def _quantize(wrapped, awq, args, kwargs):
             "AutoAWQ 0.2.9 quantizes wrongly on a CPU: it goes on with weights that its search for "
             "scales has changed, which no bias repairs. Use a GPU, or GPTQModel's AWQ."
         )
-    return run_compensated(
+    result = run_compensated(
         lambda: wrapped(*args, **kwargs),
         awq.model,
         config,
-        lambda _: (awq.model, awq.quant_config),
+        lambda _: awq.model,
         lambda _, block: _as_quantized(block, awq.quant_config),
     )
+    awq.quant_config = config_of(awq.model, awq.quant_config)
+    return result
 
 
 def _as_quantized(block, settings):

@@ -13,7 +13,7 @@ from bc_plugin.models.modules import copy_of, linears_of
 from bc_plugin.names import KEY
 from bc_plugin.supported import SUPPORTED
 from bc_plugin.toolkits.awq import scales_are_applied
-from bc_plugin.toolkits.flag import config_to_dict, flag_of, is_entry, override_flag, set_flag
+from bc_plugin.toolkits.flag import asked_by, config_of, config_to_dict, is_entry, set_flag
 from bc_plugin.toolkits.joint import centred_inputs, weight_of
 from bc_plugin.toolkits.load import attach_held, hold_for, load_if_any
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
@@ -40,10 +40,22 @@ def _make_config(wrapped, cls, args, kwargs):
 
 def _quantize(wrapped, qmodel, args, kwargs):
     settings = qmodel.quantize_config
-    override_flag(settings, kwargs)
-    config = flag_of(settings)
-    if config is None:
-        return wrapped(*args, **kwargs)
+    config = asked_by(settings, kwargs)
+    if config is not None:
+        _check_settings(settings)
+    result = run_compensated(
+        lambda: wrapped(*args, **kwargs),
+        qmodel.model,
+        config,
+        lambda _: qmodel.model,
+        lambda name, block: _ready_to_run(_with_kernels(name, block, qmodel), qmodel),
+        lambda block: _ready_to_run(copy_of(block), qmodel),
+    )
+    qmodel.quantize_config = config_of(qmodel.model, qmodel.quantize_config)
+    return result
+
+
+def _check_settings(settings):
     if settings.method not in ("gptq", "awq"):
         raise BiasCompensationError(
             f"bias_compensation was asked for, but GPTQModel's method {settings.method} cannot "
@@ -55,14 +67,6 @@ def _quantize(wrapped, qmodel, args, kwargs):
             "bias_compensation needs the float weights in memory; pass offload_to_disk=False to "
             "QuantizeConfig (the default where bias_compensation is given to it)."
         )
-    return run_compensated(
-        lambda: wrapped(*args, **kwargs),
-        qmodel.model,
-        config,
-        lambda _: (qmodel.model, settings),
-        lambda name, block: _ready_to_run(_with_kernels(name, block, qmodel), qmodel),
-        lambda block: _ready_to_run(copy_of(block), qmodel),
-    )
 
 
 def _with_kernels(name, block, qmodel):

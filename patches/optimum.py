@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 from itertools import chain
+from pathlib import Path
 
 from bc_plugin.models.modules import device_of
 from bc_plugin.names import KEY
 from bc_plugin.supported import SUPPORTED
-from bc_plugin.toolkits.flag import config_to_dict, flag_of, is_entry, set_flag
+from bc_plugin.toolkits.flag import asked_by, is_entry, set_flag
 from bc_plugin.toolkits.load import attach_held, hold_for
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
+from bc_plugin.vectors import Compensation
 
 # Config
 
@@ -19,6 +22,8 @@ from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
 def _init(wrapped, quantizer, args, kwargs):
     wrapped(*args, **kwargs)
     set_flag(quantizer, kwargs.get(KEY))
+    if is_entry(getattr(quantizer, KEY, None)):  # a request is nobody's who reads a checkpoint
+        quantizer.serialization_keys.append(KEY)
 
 
 # Quantizing
@@ -29,8 +34,8 @@ def _quantize_model(wrapped, quantizer, args, kwargs):
     return run_compensated(
         lambda: wrapped(*args, **kwargs),
         model,
-        flag_of(quantizer),
-        lambda quantized: (quantized, quantizer),
+        asked_by(quantizer),
+        lambda quantized: quantized,
         lambda _, block: _as_quantized(block, quantizer, model),
     )
 
@@ -50,14 +55,22 @@ def _as_quantized(block, quantizer, model):
 
 
 def _save(wrapped, quantizer, args, kwargs):
-    model = argument("model", 0, args, kwargs)
+    model, folder = argument("model", 0, args, kwargs), argument("save_dir", 1, args, kwargs)
+    compensation = Compensation.attached_to(model)
+    if compensation is None:
+        return wrapped(*args, **kwargs)
     config = getattr(model.config, "quantization_config", None)
     converts = quantizer.sym and getattr(quantizer, "format", None) == "gptq_v2"
-    if converts and is_entry(getattr(quantizer, KEY, None)) and isinstance(config, dict):
+    if converts and isinstance(config, dict):
         # Optimum writes the zero points of a symmetric model in the older format, and leaves the
         # newer one's name in config.json, so that loaders would misread them.
         config["format"] = "gptq"
-    return wrapped(*args, **kwargs)
+    result = wrapped(*args, **kwargs)
+    # The model's config.json has its entry; the quantizer may have quantized other models since.
+    path = Path(folder, GPTQ_CONFIG)
+    settings = {**json.loads(path.read_text(encoding="utf-8")), KEY: compensation.entry()}
+    path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    return result
 
 
 # Loading
@@ -78,6 +91,7 @@ def _post_init_model(wrapped, quantizer, args, kwargs):
 
 # Toolkit
 
+GPTQ_CONFIG = "quantize_config.json"
 MODULE = "optimum.gptq.quantizer"
 QUANTIZER = f"{MODULE}:GPTQQuantizer"
 OPTIMUM = Toolkit(
@@ -85,10 +99,7 @@ OPTIMUM = Toolkit(
     supported=SUPPORTED["optimum"],
     # Else GPTQConfig would swallow the flag without a word; and the GPTQ objects are theirs.
     needs=("transformers", "gptqmodel", "auto_gptq"),
-    config=(
-        Patch(f"{QUANTIZER}.__init__", _init, ("bits", "kwargs")),
-        Patch(f"{QUANTIZER}.to_dict", config_to_dict),
-    ),
+    config=(Patch(f"{QUANTIZER}.__init__", _init, ("bits", "kwargs")),),
     quantizing=(
         Patch(f"{QUANTIZER}.quantize_model", _quantize_model, ("model", "tokenizer")),
         Patch(f"{MODULE}:prepare_dataset", calibration_is_ready, ("examples",)),

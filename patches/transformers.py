@@ -7,21 +7,40 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bc_plugin.config import BiasCompensationConfig
 from bc_plugin.errors import BiasCompensationError
 from bc_plugin.marks import mark, unmark
 from bc_plugin.names import KEY
 from bc_plugin.supported import SUPPORTED
-from bc_plugin.toolkits.flag import config_to_dict, flag_of, set_flag
+from bc_plugin.toolkits.flag import asked_by, config_to_dict, flag_of, is_entry, set_flag
 from bc_plugin.toolkits.load import attach_around, files_read, fit_to, read_compensation
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.vectors import Compensation
+from bc_plugin.vectors.entry import set_entry
 
 # Config
 
 
 def _config_init(wrapped, config, args, kwargs):
+    """Every config of transformers swallows a keyword that it does not know."""
+    from transformers import AwqConfig, GPTQConfig
+
+    flag = kwargs.pop(KEY, None)
+    # In transformers 5 AwqConfig is a GPTQConfig, but nobody quantizes with it.
+    honoured = isinstance(config, GPTQConfig) and not isinstance(config, AwqConfig)
+    if not honoured and not is_entry(flag) and BiasCompensationConfig.parse(flag) is not None:
+        raise _cannot_honour(config)
     wrapped(*args, **kwargs)
-    set_flag(config, kwargs.get(KEY))
+    set_flag(config, flag)
+
+
+def _cannot_honour(config):
+    return BiasCompensationError(
+        f"bias_compensation was asked for, but nobody who quantizes with {type(config).__name__} "
+        "compensates on the way. Quantize with GPTQConfig; or quantize without bias_compensation, "
+        "and compensate the result: compensation = bc_plugin.compensate(quantized_model, "
+        "float_model, calibration), then compensation.attach(quantized_model)."
+    )
 
 
 def _config_from_dict(wrapped, cls, args, kwargs):
@@ -47,14 +66,11 @@ def _merge_configs(wrapped, instance, args, kwargs):
 
 def _check_asked(quantizer):
     """What was asked for has to reach somebody who does it."""
-    if flag_of(quantizer.quantization_config) is None:
+    config = quantizer.quantization_config
+    if asked_by(config) is None:
         return
     if flag_of(getattr(quantizer, "optimum_quantizer", None)) is None:
-        raise BiasCompensationError(
-            f"bias_compensation was asked for, but {type(quantizer).__name__} cannot honour "
-            "it. Quantize with GPTQConfig, or quantize first and compensate the result with "
-            "bc_plugin.compensate."
-        )
+        raise _cannot_honour(config)
 
 
 # Saving: nothing to do
@@ -94,7 +110,11 @@ def _before_loading(wrapped, quantizer, args, kwargs):
 def _after_loading(wrapped, quantizer, args, kwargs):
     model = argument("model", 0, args, kwargs)
     compensation = unmark(model, Compensation)
-    return attach_around(lambda: wrapped(*args, **kwargs), model, compensation)
+    result = attach_around(lambda: wrapped(*args, **kwargs), model, compensation)
+    compensation = Compensation.attached_to(model)
+    if compensation is not None:  # once quantized, the model is given another config
+        set_entry(model, compensation.entry())
+    return result
 
 
 # Toolkit
@@ -107,7 +127,7 @@ TRANSFORMERS = Toolkit(
     supported=SUPPORTED["transformers"],
     needs=("optimum",),
     config=(
-        Patch(f"{CONFIGS}:GPTQConfig.__init__", _config_init, ("kwargs",)),
+        Patch(f"{CONFIGS}:QuantizationConfigMixin+.__init__", _config_init),
         Patch(f"{CONFIGS}:CompressedTensorsConfig.to_dict", config_to_dict),
         Patch(
             f"{AUTO}:AutoQuantizationConfig.from_dict",

@@ -1,12 +1,21 @@
-"""The ``bias_compensation`` flag on a toolkit's config object."""
+"""The ``bias_compensation`` of a toolkit's config object: a request, or an entry.
+
+A request is what the user asks for, an entry what a compensated checkpoint stores. No object ever
+goes from one to the other: the user's may serve for many models, and asks for each of them.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from ..config import BiasCompensationConfig
+from ..errors import BiasCompensationError
 from ..names import KEY
+from ..vectors.compensation import Compensation
 
 
 def is_entry(value: Any) -> bool:
@@ -33,21 +42,54 @@ def flag_of(config: Any) -> BiasCompensationConfig | None:
     return None if is_entry(value) else BiasCompensationConfig.parse(value)
 
 
-def forget_flag(config: Any) -> None:
-    """Take the request, or the entry, off a toolkit's config object."""
+def asked(value: Any) -> BiasCompensationConfig | None:
+    """What a toolkit that is about to quantize is asked for.
+
+    Raises:
+        BiasCompensationError: ``value`` is an entry.
+    """
+    if is_entry(value):
+        raise BiasCompensationError(
+            f"{KEY} is the entry of a compensated checkpoint (digest {value['digest'][:8]}...), "
+            "which tells of its vectors and asks for none. To quantize with compensation pass "
+            "True, a dict such as {'positions': 1} or a BiasCompensationConfig; to quantize "
+            f"without it leave {KEY} out."
+        )
+    return BiasCompensationConfig.parse(value)
+
+
+def asked_by(config: Any, kwargs: dict[str, Any] | None = None) -> BiasCompensationConfig | None:
+    """``asked`` of a toolkit's config object, or of its ``quantize``, whose keyword goes first.
+
+    Args:
+        config: Left as it is.
+        kwargs: Those of the toolkit's ``quantize``; the keyword, where given, is taken out.
+    """
+    if kwargs and KEY in kwargs:
+        return asked(kwargs.pop(KEY))
+    return asked(getattr(config, KEY, None))
+
+
+def config_of(model: nn.Module, config: Any) -> Any:
+    """The config of a model just quantized: a copy, with the model's entry where the request was.
+
+    The config itself, where there is neither.
+    """
+    compensation = Compensation.attached_to(model)
+    if compensation is None and not hasattr(config, KEY):
+        return config
+    config = copy.copy(config)
     vars(config).pop(KEY, None)
-
-
-def override_flag(config: Any, kwargs: dict[str, Any]) -> None:
-    """Let the keyword of a toolkit's ``quantize``, where given, replace the config's request."""
-    if KEY in kwargs:
-        forget_flag(config)
-        set_flag(config, kwargs.pop(KEY))
+    set_flag(config, None if compensation is None else compensation.entry())
+    return config
 
 
 def config_to_dict(wrapped, config, args, kwargs):
-    """Wrapper for the ``to_dict`` of a config that lists its own fields only."""
+    """Wrapper for the ``to_dict`` of a config that lists its own fields only.
+
+    It is for what is saved, where a request has no business.
+    """
     settings = wrapped(*args, **kwargs)
-    if hasattr(config, KEY):
+    if is_entry(getattr(config, KEY, None)):
         settings[KEY] = getattr(config, KEY)
     return settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import wrapt
@@ -26,7 +26,8 @@ class Patch:
     """One function of a toolkit, wrapped.
 
     Attributes:
-        target: ``"package.module:Class.function"``.
+        target: ``"package.module:Class.function"``; with ``Class+`` that function of every class in
+            the module that is derived from ``Class`` and has its own.
         wrapper: A wrapt wrapper, ``(wrapped, instance, args, kwargs) -> result``.
         parameters: Names the function's signature must have for the wrapper to be right.
     """
@@ -39,6 +40,20 @@ class Patch:
     def module(self) -> str:
         """The module that holds the function."""
         return self.target.partition(":")[0]
+
+    def each(self) -> list[Patch]:
+        """The patches that a target with ``Class+`` stands for, or this one; imports the module."""
+        path, derived, function = self.target.partition("+.")
+        if not derived:
+            return [self]
+        known = vars(importlib.import_module(self.module))
+        base = known.get(path.partition(":")[2])
+        classes = [c for c in known.values() if isinstance(c, type) and c is not base]
+        return [
+            replace(self, target=f"{self.module}:{found.__name__}.{function}")
+            for found in dict.fromkeys(classes)
+            if base in found.__mro__ and function in vars(found)
+        ] or [self]  # which nobody has, so that applying it tells
 
 
 @dataclass(frozen=True)

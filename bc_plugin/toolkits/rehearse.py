@@ -15,7 +15,7 @@ from ..models.blocks import Blocks
 from ..models.calls import BlockCalls
 from ..models.float_blocks import BlockSnapshot
 from ..models.modules import device_of, dtype_of, stored_tensors
-from ..models.positions import PositionTracker
+from ..models.tracker import PositionTracker
 from ..shift.inside import measure_block, measure_linears
 from ..shift.rescaling import Rescaling
 from ..shift.settle import settle

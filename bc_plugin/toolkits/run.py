@@ -26,7 +26,6 @@ from ..refinement.float_logits import FloatLogits
 from ..shift.rescaling import Rescaling
 from ..vectors.compensation import Compensation
 from ..vectors.entry import set_entry
-from .flag import forget_flag, set_flag
 from .joint import JointGPTQ
 from .rehearse import AsQuantized, Rehearsal
 
@@ -153,7 +152,7 @@ def run_compensated(
     quantize: Callable[[], R],
     model: nn.Module,
     config: BiasCompensationConfig | None,
-    outcome: Callable[[R], tuple[nn.Module, Any]],
+    outcome: Callable[[R], nn.Module],
     as_quantized: AsQuantized,
     copy_to_run: Callable[[nn.Module], nn.Module] = copy_of,
 ) -> R:
@@ -163,8 +162,7 @@ def run_compensated(
         quantize: The toolkit's own call; returns what is returned.
         model: The float model, about to be overwritten.
         config: What was asked for, if anything.
-        outcome: From what ``quantize`` returned, the quantized model, and the toolkit's config
-            object, which is given the compensation's entry.
+        outcome: From what ``quantize`` returned, the quantized model.
         as_quantized: Of a block's name and a copy of it, what ``quantize`` will make of it, on the
             device it will run on; its weights do not matter. Called before ``quantize`` begins.
         copy_to_run: Makes of a quantized block a copy that computes what the block will compute
@@ -178,16 +176,14 @@ def run_compensated(
         return quantize()
     with CompensatedQuantization(model, config, as_quantized) as run:
         result = quantize()
-        quantized, settings = outcome(result)
-        with _left_plain(run, quantized, settings):
-            set_flag(settings, run.finish(quantized, copy_to_run).entry())
+        quantized = outcome(result)
+        with _left_plain(run, quantized):
+            run.finish(quantized, copy_to_run)
     return result
 
 
 @contextmanager
-def _left_plain(
-    run: CompensatedQuantization, quantized: nn.Module, settings: Any
-) -> Iterator[None]:
+def _left_plain(run: CompensatedQuantization, quantized: nn.Module) -> Iterator[None]:
     """What fails here leaves a quantized model that says of itself what it is."""
     try:
         yield
@@ -196,7 +192,6 @@ def _left_plain(
         if attached is not None:
             attached.detach(quantized)
         set_entry(quantized, None)
-        forget_flag(settings)
         if not isinstance(error, Exception):  # Ctrl-C, for one
             raise
         failure = BiasCompensationError(

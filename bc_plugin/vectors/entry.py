@@ -5,6 +5,7 @@ Site names are written short, and errors as one string per group of sites, to ke
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -111,11 +112,13 @@ def set_entry(model: nn.Module, entry: dict[str, Any] | None) -> None:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is None:
         return
+    config = copy.copy(config)  # it may be the user's, for other models too
     values = config if isinstance(config, dict) else vars(config)
     if entry is None:
         values.pop(KEY, None)
     else:
         values[KEY] = entry
+    model.config.quantization_config = config
 
 
 def vectors_digest(vectors: Mapping[str, Tensor]) -> str:

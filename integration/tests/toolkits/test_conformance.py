@@ -222,11 +222,12 @@ def test_gradients_pass_through_its_kernels(pipeline, saved, enabled):
 def test_disable_leaves_no_trace(pipeline):
     def everything():
         return {
-            patch.target: id(vars(applied.parent).get(applied.attribute))
+            each.target: id(vars(applied.parent).get(applied.attribute))
             for known in _toolkits().values()
             if known.supported.version
             for patch in known.patches
-            for applied in [Applied(known, patch)]
+            for each in patch.each()
+            for applied in [Applied(known, each)]
         }
 
     before = everything()
