@@ -10,12 +10,21 @@ from torch import nn
 from ..errors import BiasCompensationError
 from ..models.blocks import Blocks
 from ..models.modules import is_linear, linears_of
+from .rescaling import Rescaling
+from .statistics import Site
 
 RESCALED = (
-    "the quantized model's norms are not the float model's: scales were moved within its blocks, "
-    "as AWQ does, or it was trained on, so outputs of single linears may stand for others. Only "
-    "outputs of blocks were compensated. Quantize with bias_compensation=True in the toolkit, or "
-    "pass the trained model before it was rounded, to compensate linears, too."
+    "some of the quantized model's norms and linears give other outputs than the float model's: "
+    "scales were moved or weights rotated within its blocks, as AWQ and SpinQuant do, or it was "
+    "trained on. Only outputs of blocks were compensated there. Quantize with "
+    "bias_compensation=True in the toolkit, or pass the model just before it was rounded, to "
+    "compensate linears, too."
+)
+OTHER_MODEL = (
+    "the quantized model's {name} gives outputs that do not follow those of the float model's "
+    "(correlation {correlation:.2f}), so it was not quantized from this float model as it is. Pass "
+    "the quantized model first, then the float model of the same checkpoint. If weights were "
+    "rotated, rescaled or trained before they were rounded, pass the model just before that."
 )
 
 
@@ -26,6 +35,30 @@ def linear_sites(float_block: nn.Module, quantized_block: nn.Module) -> list[str
         BiasCompensationError: a linear of the float block is missing in the quantized one.
     """
     return [n for n, linear in linears_of(float_block) if _changed(n, linear, quantized_block)]
+
+
+def comparable(
+    float_block: nn.Module, quantized_block: nn.Module, changed: Sequence[str], moved: Rescaling
+) -> list[str]:
+    """Those of the changed linears whose outputs stand for those of the float linears.
+
+    Args:
+        moved: The scales that are known to have been moved within the block.
+    """
+    if not moved.inputs and others_changed(float_block, quantized_block):
+        return []
+    return [path for path in changed if path not in moved.outputs]
+
+
+def require_same_block(site: Site) -> None:
+    """Refuse a block that was quantized from another one.
+
+    Raises:
+        BiasCompensationError: its outputs do not follow those of the float block.
+    """
+    if site.agreement.is_missing:
+        correlation = site.agreement.correlation()
+        raise BiasCompensationError(OTHER_MODEL.format(name=site.name, correlation=correlation))
 
 
 def sites_outside(

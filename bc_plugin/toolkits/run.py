@@ -24,6 +24,7 @@ from ..refinement.config import RefinementConfig
 from ..refinement.float_logits import FloatLogits
 from ..shift.rescaling import Rescaling
 from ..vectors.compensation import Compensation
+from ..vectors.joint import mark_joint
 from .flag import set_flag
 from .joint import JointGPTQ
 
@@ -113,6 +114,8 @@ class CompensatedQuantization:
                 "compensation needs it. Compensate afterwards with bc_plugin.compensate."
             )
         self._leave_model()
+        if self.joint is not None and self.joint.quantized:
+            mark_joint(quantized, self.joint.quantized)
         compensation = compensate(
             quantized,
             self.float_blocks,
@@ -121,7 +124,6 @@ class CompensatedQuantization:
             rescalings=self.rescalings,
             copy_to_run=copy_to_run,
         )
-        compensation.joint = self.joint is not None and self.joint.quantized > 0
         if self.refinement is not None:
             compensation = train_vectors(
                 quantized,
