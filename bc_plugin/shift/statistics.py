@@ -89,7 +89,7 @@ class Site:
         shift = output.to(torch.promote_types(output.dtype, torch.float32)) - reference
         values = [reference, shift]
         if given is not None and given.numel() == reference.numel():
-            values.append(given.to(shift.device).view_as(reference))
+            values.append(given.to(shift.device).reshape(reference.shape))
         chosen = rows >= min(self.positions, 1)
         if keep is not None:
             chosen &= keep
