@@ -26,13 +26,21 @@ from .shift.inside import measure_block, measure_linears
 from .shift.messages import ONLY_EXPERTS, RESCALED, UNCHANGED, about_experts
 from .shift.outside import measure_outside
 from .shift.rescaling import Rescaling
+from .shift.same_model import require_same_model
 from .shift.settle import settle
-from .shift.sites import changed_experts, linear_sites, others_changed, sites_outside
+from .shift.sites import (
+    changed_experts,
+    comparable,
+    linear_sites,
+    require_same_block,
+    sites_outside,
+)
 from .shift.statistics import Site
 from .vectors.attach import AttachedSite
 from .vectors.check import weights_digest
 from .vectors.compensation import Compensation
 from .vectors.contents import SiteErrors
+from .vectors.joint import joint_linears, require_linears
 
 
 def compensate(
@@ -67,12 +75,14 @@ def compensate(
         copy_to_run: Makes of a quantized block the copy that is run.
 
     Returns:
-        The vectors and the error of each site before and after.
+        The vectors and the error of each site before and after. Weights that were quantized jointly
+        with their linears' vectors keep one for each of those linears.
 
     Raises:
-        BiasCompensationError: the models do not match; the calibration data is empty, all
-            padding or too short for the positions; the positions of a site's tokens are unknown,
-            as in windowed or cross-attention; an output is not finite.
+        BiasCompensationError: the quantized model was not quantized from this float model, or it
+            was jointly, and linears would be left without vectors; the calibration data is empty,
+            all padding or too short for the positions; the positions of a site's tokens are
+            unknown, as in windowed or cross-attention; an output is not finite.
     """
     config = BiasCompensationConfig.parse(config) or BiasCompensationConfig()
     if any(KEY in module._buffers for module in quantized_model.modules()):
@@ -121,8 +131,11 @@ class _Pass:
         require_in_memory(model, self.paths)
         self.dtype = dtype_of(model)
         self.source = float_blocks_of(float_model)
-        if self.live and find_block_lists(float_model, self.paths) != self.lists:
-            raise BiasCompensationError("the two models have different numbers of blocks.")
+        if self.live:
+            require_same_model(model, float_model, self.lists)
+        self.joint = joint_linears(model)
+        if "linear" not in config.sites:
+            require_linears(self.joint, (), "Keep linear among the sites.")
         if len(self.lists) > 1 and config.positions != 0:
             raise BiasCompensationError(
                 f"{type(model).__name__} has {len(self.lists)} lists of blocks: {self.paths}. "
@@ -152,8 +165,11 @@ class _Pass:
             tqdm.write(about_experts(self.experts))
         if not self.changed:
             raise BiasCompensationError(ONLY_EXPERTS if self.experts else UNCHANGED)
-        if self.rescaled and "linear" in self.config.sites:
+        if self.rescaled:
+            if not self.vectors:
+                raise BiasCompensationError(f"no site is left to compensate: {RESCALED}")
             warnings.warn(RESCALED, stacklevel=4)
+        require_linears(self.joint, self.vectors, "Pass the float model that they were made from.")
         return Compensation(
             vectors=self.vectors,
             kinds=self.kinds,
@@ -161,6 +177,7 @@ class _Pass:
             positions=self.positions,
             blocks=self.paths,
             digest=weights_digest(self.model, self.paths, self.vectors),
+            joint=bool(self.joint),
         )
 
     def _compensate_outside(self) -> None:
@@ -179,35 +196,39 @@ class _Pass:
             self.dtype,
         )
         for name in kinds:
-            if name in sites:
-                self.changed = True
-                self._keep(sites[name])
-            else:
+            if name not in sites:
                 tqdm.write(f"{name}: left out, the calibration data never reaches it")
+                continue
+            self.changed = True
+            if sites[name].agreement.is_missing:
+                self.rescaled = True
+            else:
+                self._keep(sites[name])
 
     def _compensate_block(self, number: int, name: str) -> None:
         """A block's linears, then the block itself with those in place."""
         quantized = self.copy_to_run(self.model.get_submodule(name))
+        moved = self.rescalings.get(name, Rescaling())
         with self.source.load(name, device_of(quantized)) as reference:
             changed = linear_sites(reference, quantized)
             experts = changed_experts(reference, quantized)
-            self.experts += [f"{name}.{path}" for path in experts]
-            stood_for = "block" in self.config.sites and bool(changed or experts)
-            self.changed |= bool(changed) or stood_for
-            sites, outputs = measure_linears(
-                name,
-                number,
-                reference,
-                quantized,
-                self._comparable(name, changed, reference, quantized),
-                self.stream,
-                self.positions,
-                self.rescalings.get(name, Rescaling()),
-                self.dtype,
-            )
+            linears: list[str] = []
+            if "linear" in self.config.sites:
+                linears = comparable(reference, quantized, changed, moved)
+            place, calls = (name, number, reference, quantized), (self.stream, self.positions)
+            sites, outputs = measure_linears(*place, linears, *calls, moved, self.dtype)
+        self.experts += [f"{name}.{path}" for path in experts]
+        stood_for = "block" in self.config.sites and bool(changed or experts)
+        self.changed |= bool(changed) or stood_for
+        if not moved.inputs and any(site.agreement.is_missing for site in sites):
+            sites = []  # scales were moved, or weights rotated: the others' inputs are others, too
+        self.rescaled |= "linear" in self.config.sites and bool(changed) and not sites
         kept = [site for site in sites if self._keep(site)]
         if stood_for:
-            self._keep(self._measured_block(number, name, quantized, kept, outputs))
+            block = self._measured_block(number, name, quantized, kept, outputs)
+            if not sites:
+                require_same_block(block)
+            self._keep(block)
         for calls, output in zip(self.stream, outputs, strict=True):
             calls.hidden = output
 
@@ -229,21 +250,9 @@ class _Pass:
                 name, number, quantized, self.stream, references, tracker, self.dtype
             )
 
-    def _comparable(
-        self, name: str, changed: list[str], reference: nn.Module, quantized: nn.Module
-    ) -> list[str]:
-        """The linears whose output stands for that of the float linear."""
-        if "linear" not in self.config.sites:
-            return []
-        rescaling = self.rescalings.get(name, Rescaling())
-        if not rescaling.inputs and others_changed(reference, quantized):
-            self.rescaled = True
-            return []
-        return [path for path in changed if path not in rescaling.outputs]
-
     def _keep(self, site: Site) -> bool:
         """Make vectors of a site's statistics; whether they are kept."""
-        found = settle(site, self.config, self.dtype)
+        found = settle(site, self.config, self.dtype, site.name not in self.joint)
         if found is not None:
             self.kinds[site.name] = site.kind
             self.vectors[site.name], self.errors[site.name] = found

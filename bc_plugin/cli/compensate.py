@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from ..errors import BiasCompensationError
 from ..files import new_folder
 from .inputs import calibration_data, load_model, load_tokenizer, pass_settings
 from .options import (
@@ -52,16 +51,9 @@ def compensate(
         calibration = calibration_data(dataset, tokenizer, length, samples, lambda: reference)
         model = load_model(quantized, dtype, device_map)
         before = Compensation.attached_to(model)
-        joint = before is not None and before.joint
-        if joint and "linear" not in settings["sites"]:
-            raise BiasCompensationError(
-                f"{quantized} was quantized jointly with its linears' vectors and is worth little "
-                "without them; keep linear among the sites."
-            )
         if before is not None:
             before.detach(model)
         compensation = run(model, reference, calibration, settings)
-        compensation.joint = joint
         compensation.attach(model)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)

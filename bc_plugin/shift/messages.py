@@ -13,10 +13,17 @@ ONLY_EXPERTS = (
     "have no vectors of their own. Add 'block' to the sites."
 )
 RESCALED = (
-    "the quantized model's norms are not the float model's: scales were moved within its blocks, "
-    "as AWQ does, or it was trained on, so outputs of single linears may stand for others. Only "
-    "outputs of blocks were compensated. Quantize with bias_compensation=True in the toolkit, or "
-    "pass the trained model before it was rounded, to compensate linears, too."
+    "some of the quantized model's norms and linears give other outputs than the float model's: "
+    "scales were moved or weights rotated within its blocks, as AWQ and SpinQuant do, or it was "
+    "trained on. Only outputs of blocks were compensated there. Quantize with "
+    "bias_compensation=True in the toolkit, or pass the model just before it was rounded, to "
+    "compensate linears, too."
+)
+OTHER_MODEL = (
+    "the quantized model's {name} gives outputs that do not follow those of the float model's "
+    "(correlation {correlation:.2f}), so it was not quantized from this float model as it is. Pass "
+    "the quantized model first, then the float model of the same checkpoint. If weights were "
+    "rotated, rescaled or trained before they were rounded, pass the model just before that."
 )
 
 

@@ -13,7 +13,7 @@ from .statistics import Site
 
 
 def settle(
-    site: Site, config: BiasCompensationConfig, model_dtype: torch.dtype
+    site: Site, config: BiasCompensationConfig, model_dtype: torch.dtype, may_drop: bool = True
 ) -> tuple[Tensor, SiteErrors] | None:
     """A site's vectors, in the type they are stored in, and its errors; None if not kept.
 
@@ -22,6 +22,7 @@ def settle(
 
     Args:
         model_dtype: The type the quantized model computes in.
+        may_drop: Whether it may go without vectors; weights quantized jointly with theirs may not.
 
     Raises:
         BiasCompensationError: no calibration token came to the site, and no block's vectors stand
@@ -49,7 +50,7 @@ def settle(
         held_out_after=site.apart.error(vectors) if measured_apart else None,
     )
     worse = measured_apart and errors.held_out_after > errors.held_out_before
-    if config.keep_only_if_better and worse:
+    if config.keep_only_if_better and worse and may_drop:
         tqdm.write(f"{site.name}: dropped, its held-out error would rise")
         return None
     return vectors, errors

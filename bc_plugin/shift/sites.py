@@ -11,6 +11,9 @@ from ..errors import BiasCompensationError
 from ..models.blocks import Blocks
 from ..models.experts import is_routed, stacked_experts
 from ..models.modules import is_linear, linears_of
+from .messages import OTHER_MODEL
+from .rescaling import Rescaling
+from .statistics import Site
 
 
 def linear_sites(float_block: nn.Module, quantized_block: nn.Module) -> list[str]:
@@ -39,6 +42,30 @@ def changed_experts(float_block: nn.Module, quantized_block: nn.Module) -> list[
 
 def _changed_linears(float_block: nn.Module, quantized_block: nn.Module) -> list[str]:
     return [n for n, linear in linears_of(float_block) if _changed(n, linear, quantized_block)]
+
+
+def comparable(
+    float_block: nn.Module, quantized_block: nn.Module, changed: Sequence[str], moved: Rescaling
+) -> list[str]:
+    """Those of the changed linears whose outputs stand for those of the float linears.
+
+    Args:
+        moved: The scales that are known to have been moved within the block.
+    """
+    if not moved.inputs and others_changed(float_block, quantized_block):
+        return []
+    return [path for path in changed if path not in moved.outputs]
+
+
+def require_same_block(site: Site) -> None:
+    """Refuse a block that was quantized from another one.
+
+    Raises:
+        BiasCompensationError: its outputs do not follow those of the float block.
+    """
+    if site.agreement.is_missing:
+        correlation = site.agreement.correlation()
+        raise BiasCompensationError(OTHER_MODEL.format(name=site.name, correlation=correlation))
 
 
 def sites_outside(

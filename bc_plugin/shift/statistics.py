@@ -8,6 +8,7 @@ from torch import Tensor
 from ..errors import BiasCompensationError
 from ..models.calls import BlockCalls
 from ..models.positions import site_index, vector_rows
+from .agreement import BLOCK, LINEAR, Agreement
 
 
 class Site:
@@ -22,6 +23,7 @@ class Site:
     def __init__(self, name: str, kind: str, positions: int) -> None:
         self.name, self.kind, self.positions = name, kind, positions
         self.fitted, self.apart = ShiftStatistics(positions), ShiftStatistics(positions)
+        self.agreement = Agreement(BLOCK if kind == "block" else LINEAR)
 
     def update(self, batch: BlockCalls, reference: Tensor, output: Tensor) -> None:
         """Add a batch of a site within a block.
@@ -42,10 +44,17 @@ class Site:
         index = index.to(output.device).flatten()
         rows = vector_rows(index, self.positions)
         keep = index >= 0
-        self.add(reference, output, rows, None if bool(keep.all()) else keep, batch.apart)
+        given = batch.hidden if self.kind == "block" else None
+        self.add(reference, output, rows, None if bool(keep.all()) else keep, batch.apart, given)
 
     def add(
-        self, reference: Tensor, output: Tensor, rows: Tensor, keep: Tensor | None, apart: bool
+        self,
+        reference: Tensor,
+        output: Tensor,
+        rows: Tensor,
+        keep: Tensor | None,
+        apart: bool,
+        given: Tensor | None = None,
     ) -> None:
         """Add tokens.
 
@@ -55,6 +64,7 @@ class Site:
             rows: int64 (tokens,), the row of each token.
             keep: bool (tokens,), False for padding; None when there is none.
             apart: Whether they are kept apart for measuring.
+            given: The input of a block.
         """
         if reference.shape != output.shape:
             raise BiasCompensationError(
@@ -62,7 +72,28 @@ class Site:
                 f"one {tuple(output.shape)}; compensation needs two models of the same shapes."
             )
         statistics = self.apart if apart else self.fitted
-        statistics.update(reference.flatten(0, -2), output.flatten(0, -2), rows, keep)
+        reference, output = reference.flatten(0, -2), output.flatten(0, -2)
+        statistics.update(reference, output, rows, keep)
+        if not (apart or self.agreement.is_full):
+            self._agree(reference, output, rows, keep, given)
+
+    def _agree(
+        self,
+        reference: Tensor,
+        output: Tensor,
+        rows: Tensor,
+        keep: Tensor | None,
+        given: Tensor | None,
+    ) -> None:
+        """Leave the first token out where it has a row of its own: an attention sink drowns all."""
+        shift = output.to(torch.promote_types(output.dtype, torch.float32)) - reference
+        values = [reference, shift]
+        if given is not None and given.numel() == reference.numel():
+            values.append(given.to(shift.device).reshape(reference.shape))
+        chosen = rows >= min(self.positions, 1)
+        if keep is not None:
+            chosen &= keep
+        self.agreement.update(torch.stack([value.to(shift)[chosen] for value in values]))
 
 
 class ShiftStatistics:

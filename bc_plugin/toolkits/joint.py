@@ -35,7 +35,7 @@ class JointGPTQ:
 
     def __init__(self, model: nn.Module, blocks: Blocks, positions: int) -> None:
         self.tracker = PositionTracker(min(positions, 1))
-        self.quantized = 0
+        self.quantized: set[str] = set()
         self.handles: list[Any] = []
         self.weights: list[nn.Parameter] = []
         for name in blocks.names:
@@ -54,9 +54,9 @@ class JointGPTQ:
             arguments["hidden_states"] = args[0]
         self.tracker.enter(token_index(arguments))
 
-    def add_bias(self, linear: nn.Module, bias: Tensor) -> None:
+    def add_bias(self, name: str, linear: nn.Module, bias: Tensor) -> None:
         """Show a quantized linear's bias, (positions + 1, features), to the layers that follow."""
-        self.quantized += 1
+        self.quantized.add(name)
 
         def hook(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
             rows = _rows(self.tracker, output)
@@ -127,7 +127,7 @@ class CentredInputs:
         shift = weight.double() - quantized.double()
         if isinstance(linear, nn.Linear):  # transformers' Conv1D has it the other way round
             shift = shift.T
-        self.joint.add_bias(linear, (self.mean().to(shift) @ shift).float())
+        self.joint.add_bias(self.name, linear, (self.mean().to(shift) @ shift).float())
 
 
 def centred_inputs(linear: nn.Module) -> CentredInputs | None:

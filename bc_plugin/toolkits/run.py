@@ -26,6 +26,7 @@ from ..refinement.float_logits import FloatLogits
 from ..shift.rescaling import Rescaling
 from ..vectors.compensation import Compensation
 from ..vectors.entry import set_entry
+from ..vectors.joint import mark_joint
 from .joint import JointGPTQ
 from .rehearse import AsQuantized, Rehearsal
 
@@ -126,6 +127,8 @@ class CompensatedQuantization:
                 "compensation needs it. Compensate afterwards with bc_plugin.compensate."
             )
         self._leave_model()
+        if self.joint is not None and self.joint.quantized:
+            mark_joint(quantized, self.joint.quantized)
         compensation = compensate(
             quantized,
             self.float_blocks,
@@ -134,7 +137,6 @@ class CompensatedQuantization:
             rescalings=self.rescalings,
             copy_to_run=copy_to_run,
         )
-        compensation.joint = self.is_joint
         if self.refinement is not None:
             compensation = train_vectors(
                 quantized,

@@ -19,6 +19,7 @@ from .check import check
 from .checkpoint import checkpoint_files, read_settings, read_vectors
 from .contents import Contents
 from .entry import entry_of, read_entry
+from .joint import mark_joint
 
 FILE = "bias_compensation.safetensors"
 
@@ -45,10 +46,14 @@ class Compensation(Contents):
     def detach(self, model: nn.Module) -> None:
         """Take the vectors out of ``model``, which then computes what it did before.
 
+        What is computed for it afterwards keeps the rule that joint weights have their vectors.
+
         Raises:
             BiasCompensationError: these vectors are not attached to the model.
         """
         detach(self, model)
+        if self.joint:
+            mark_joint(model, (name for name, kind in self.kinds.items() if kind == "linear"))
 
     @staticmethod
     def attached_to(model: nn.Module) -> Compensation | None:

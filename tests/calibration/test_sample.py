@@ -1,15 +1,13 @@
 """Calibration data without a data set."""
 
-from types import SimpleNamespace
-
 import torch
-from helpers.language import tiny_model
+from helpers.language import LetterTokenizer, tiny_model
 
 from bc_plugin.calibration.sample import sample_from
 
 
 def test_calibration_data_that_the_model_writes_itself():
-    model, tokenizer = tiny_model(), SimpleNamespace(all_special_ids=[0, 1, 2])
+    model, tokenizer = tiny_model(), LetterTokenizer()
     found = sample_from(model, tokenizer, length=12, count=5, batch=2)
     again = sample_from(model, tokenizer, length=12, count=5, batch=2)
     other = sample_from(model, tokenizer, length=12, count=5, batch=2, seed=1)

@@ -1,26 +1,21 @@
 """Text, read and cut into sequences."""
 
 import pytest
-import torch
+from helpers.language import LetterTokenizer
 
 from bc_plugin import BiasCompensationError
 from bc_plugin.calibration.text import read_text, windows
 
 
-class _Tokenizer:
-    def __call__(self, text, **kwargs):
-        return {"input_ids": torch.tensor([[ord(c) for c in text]])}
-
-
 def test_windows_follow_each_other():
-    found = windows("abcdefgh", _Tokenizer(), length=3, skip=1)
+    found = windows("abcdefgh", LetterTokenizer(), length=3, skip=1)
     assert [w["input_ids"].tolist() for w in found] == [[[100, 101, 102]]]
     assert found[0]["attention_mask"].tolist() == [[1, 1, 1]]
 
 
 def test_a_text_shorter_than_a_window_is_refused():
     with pytest.raises(BiasCompensationError, match="2 tokens"):
-        windows("ab", _Tokenizer(), length=3)
+        windows("ab", LetterTokenizer(), length=3)
 
 
 def test_text_is_read_from_files(tmp_path):

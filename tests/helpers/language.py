@@ -95,3 +95,13 @@ def token_batches(
         }
         for _ in range(count)
     ]
+
+
+class LetterTokenizer:
+    """One token for each letter, and nothing around them."""
+
+    all_special_ids = (0, 1, 2)
+
+    def __call__(self, text, return_tensors=None, **kwargs):
+        ids = [ord(c) for c in text]
+        return {"input_ids": ids if return_tensors is None else torch.tensor([ids])}
