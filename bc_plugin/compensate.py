@@ -151,6 +151,11 @@ class _Pass:
                 "there is nothing to compensate: the linears of both models are the same. Pass the "
                 "quantized model first, then the float model it came from."
             )
+        if not self.vectors and not self.config.keep_only_if_better:
+            raise BiasCompensationError(
+                "no linear that was quantized has an output that can be compared. Add 'block' to "
+                "the sites: the vectors of the blocks stand for them."
+            )
         if self.rescaled and "linear" in self.config.sites:
             warnings.warn(RESCALED, stacklevel=4)
         return Compensation(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..marks import mark, mark_of, unmark
 from ..models.blocks import Blocks
+from ..models.mixers import convolved_linears
 from ..models.modules import linears_of
 from ..models.positions import PositionTracker, call_arguments, run_rows, token_index
 
@@ -38,7 +39,10 @@ class JointGPTQ:
         for name in blocks.names:
             block = model.get_submodule(name)
             self.handles.append(block.register_forward_pre_hook(self._observe, with_kwargs=True))
+            without_vectors = convolved_linears(block)
             for path, linear in linears_of(block):
+                if path in without_vectors:
+                    continue
                 # By its weight, since GPTQModel puts another module around it.
                 mark(linear.weight, CentredInputs(self, f"{name}.{path}"))
                 self.weights.append(linear.weight)
