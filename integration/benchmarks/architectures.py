@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import re
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
