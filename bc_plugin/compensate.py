@@ -23,7 +23,7 @@ from .models.offloaded import require_in_memory
 from .models.tracker import PositionTracker
 from .names import KEY
 from .shift.inside import measure_block, measure_linears
-from .shift.messages import ONLY_EXPERTS, RESCALED, UNCHANGED, about_experts
+from .shift.messages import NOTHING_COMPARABLE, ONLY_EXPERTS, RESCALED, UNCHANGED, about_experts
 from .shift.outside import measure_outside
 from .shift.rescaling import Rescaling
 from .shift.same_model import require_same_model
@@ -165,9 +165,10 @@ class _Pass:
             tqdm.write(about_experts(self.experts))
         if not self.changed:
             raise BiasCompensationError(ONLY_EXPERTS if self.experts else UNCHANGED)
+        if not self.vectors and not self.config.keep_only_if_better:
+            reason = RESCALED if self.rescaled else NOTHING_COMPARABLE
+            raise BiasCompensationError(f"no site is left to compensate: {reason}")
         if self.rescaled:
-            if not self.vectors:
-                raise BiasCompensationError(f"no site is left to compensate: {RESCALED}")
             warnings.warn(RESCALED, stacklevel=4)
         require_linears(self.joint, self.vectors, "Pass the float model that they were made from.")
         return Compensation(

@@ -66,7 +66,9 @@ class _FirstBlock:
         """What a block returns whose hidden states are ``hidden``."""
         if isinstance(self.output, Tensor):
             return hidden
-        return type(self.output)((hidden, *self.output[1:]))
+        values = (hidden, *self.output[1:])
+        kind = type(self.output)
+        return kind(*values) if hasattr(kind, "_fields") else kind(values)
 
 
 def record_calls(

@@ -56,13 +56,15 @@ def _last_output(model: nn.Module, blocks: Blocks, batch: Batch, device: torch.d
 
         hooks.callback(model.get_submodule(name).register_forward_hook(hook).remove)
 
-    def stop(module: nn.Module, args: tuple, output: Any) -> None:
-        raise BlocksDone  # what follows, such as logits, is large
+    def stop(module: nn.Module, args: tuple) -> None:
+        raise BlocksDone  # logits are large
 
     with ExitStack() as hooks:
         for name in blocks.names:
             count(name)
-        hooks.callback(model.get_submodule(blocks.owner).register_forward_hook(stop).remove)
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if head is not None:
+            hooks.callback(head.register_forward_pre_hook(stop).remove)
         run_until_done(model, batch, device)
     for name, times in runs.items():
         if times != 1:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
 from ..models.calls import BlockCalls
+from ..models.mixers import convolved_linears
 from ..models.modules import alongside, device_of, dtype_of
 from ..models.tracker import PositionTracker
 from .rescaling import Rescaling
@@ -40,6 +41,8 @@ def measure_linears(
     Returns:
         The sites, and the float block's outputs, one for each call.
     """
+    convolved = convolved_linears(reference)
+    linears = [linear for linear in linears if linear not in convolved]
     sites = {linear: Site(f"{name}.{linear}", "linear", positions) for linear in linears}
     current: BlockCalls | None = None
 

@@ -12,6 +12,10 @@ ONLY_EXPERTS = (
     "there is nothing to compensate: only routed experts differ between the two models, and they "
     "have no vectors of their own. Add 'block' to the sites."
 )
+NOTHING_COMPARABLE = (
+    "no linear that was quantized has an output that can be compared. Add 'block' to the sites: "
+    "the vectors of the blocks stand for them."
+)
 RESCALED = (
     "some of the quantized model's norms and linears give other outputs than the float model's: "
     "scales were moved or weights rotated within its blocks, as AWQ and SpinQuant do, or it was "

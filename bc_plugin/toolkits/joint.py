@@ -18,6 +18,7 @@ from ..errors import BiasCompensationError
 from ..marks import mark, mark_of, unmark
 from ..models.blocks import Blocks
 from ..models.experts import is_routed
+from ..models.mixers import convolved_linears
 from ..models.modules import linears_of
 from ..models.positions import call_arguments, token_index, vector_rows
 from ..models.tracker import PositionTracker
@@ -41,8 +42,10 @@ class JointGPTQ:
         for name in blocks.names:
             block = model.get_submodule(name)
             self.handles.append(block.register_forward_pre_hook(self._observe, with_kwargs=True))
+            without_vectors = convolved_linears(block)
             for path, linear in linears_of(block):
-                if is_routed(path):  # it gets no vector to take its mean out
+                # Without a vector nothing takes the mean out.
+                if is_routed(path) or path in without_vectors:
                     continue
                 # By its weight, since GPTQModel puts another module around it.
                 mark(linear.weight, CentredInputs(self, f"{name}.{path}"))

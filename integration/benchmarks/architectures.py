@@ -15,6 +15,7 @@ import copy
 import json
 import multiprocessing
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,10 @@ WORKS, REFUSED, WRONG, NOT_RUN = "works", "refused", "wrong", "not run"
 TEXT = ("language_model", "text_model", "decoder", "model.layers")
 
 
-def _blocks_of(error: BiasCompensationError, lists: list[str]) -> str | None:
-    """The list to name where it has to be."""
-    return next((path for part in TEXT for path in lists if part in path), None)
-
-
-def _lists(model: torch.nn.Module) -> list[str]:
-    return [
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)
-    ]
+def _named(error: BiasCompensationError) -> str:
+    """Of the lists of blocks that an error tells of, the one to name."""
+    paths = re.findall(r"'([^']+)'", str(error).split("Name one")[0])
+    return next((path for part in TEXT for path in paths if part in path), paths[-1])
 
 
 def _compensation(quantized: Any, model: Any, batches: list, positions: int) -> Any:
@@ -58,7 +54,7 @@ def _compensation(quantized: Any, model: Any, batches: list, positions: int) -> 
     except BiasCompensationError as error:
         if "Name one" not in str(error):
             raise
-        config["blocks"] = _blocks_of(error, _lists(model))
+        config["blocks"] = _named(error)
         return bc_plugin.compensate(quantized, model, batches, config)
 
 
