@@ -15,10 +15,12 @@ from .models.float_blocks import BlockSnapshot
 from .models.modules import copy_of, device_of, dtype_of
 from .refinement.by_block import train_by_block
 from .refinement.by_model import train_by_model
+from .refinement.checksums import checksum
 from .refinement.config import RefinementConfig
 from .refinement.data import RefinementData
 from .refinement.float_logits import FloatLogits
-from .refinement.progress import Progress, checksum
+from .refinement.progress import FLOAT_MODEL, Progress
+from .refinement.source import Source, check_source, source_checksum
 from .refinement.train import Outcome
 from .vectors.compensation import Compensation
 
@@ -39,7 +41,9 @@ def refine(
             will do, so that both models need not be in memory together.
         calibration: Model inputs, ``{"input_ids", "attention_mask"}``, as for ``compensate``.
         folder: Where to keep what a stopped run has reached: called again with the same arguments
-            it goes on from there. Deleted at the end. None keeps nothing.
+            it goes on from there, and comes to the same vectors. It is there at the end as well,
+            since what is returned is in memory only: delete it once that is saved. None keeps
+            nothing.
 
     Returns:
         The new compensation, of the same shapes and types. On held-out sequences it is at least as
@@ -47,7 +51,7 @@ def refine(
 
     Raises:
         BiasCompensationError: the model is not compensated, there are fewer than two sequences,
-            ``folder`` is another run's, or the loss is not finite.
+            ``folder`` is another run's or damaged, or the loss is not finite.
     """
     compensation = Compensation.attached_to(model)
     if compensation is None:
@@ -74,7 +78,8 @@ def record_float_logits(
     """Write what the float model predicts for the calibration data, for ``refine``.
 
     Args:
-        folder: A safetensors file per batch goes there; those already written are kept.
+        folder: A safetensors file per batch goes there; those already written from the same model
+            for the same batch are kept.
     """
     config = config or RefinementConfig()
     return FloatLogits.record(
@@ -111,20 +116,28 @@ def train_vectors(
             "autocast takes no float16; load the model with dtype=torch.float32."
         )
     data = RefinementData(calibration, config)
-    progress = Progress(
-        None if folder is None else Path(folder),
-        {
-            **asdict(config),
-            "digest": compensation.digest,
-            "vectors": checksum(compensation.vectors.values()),
-            "tokens": checksum(batch["input_ids"] for batch in data.batches),
-        },
-    )
+    check_source(float_model, data, config)
+    # Saving rounds the errors, which decide how far steps go: from here on it makes no difference.
+    start = Compensation.from_entry(compensation.entry(), compensation.vectors)
+    progress = Progress(None)
+    if folder is not None:
+        settings = {**asdict(config), "dtype": str(dtype_of(model))}
+        progress = Progress(Path(folder), settings, _inputs(start, float_model, data))
     by = {"model": train_by_model, "block": train_by_block}[config.by]
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        outcome = by(model, compensation, float_model, data, config, progress, copy_to_run)
-    progress.delete()
+        outcome = by(model, start, float_model, data, config, progress, copy_to_run)
     return _with_vectors(compensation, outcome, config)
+
+
+def _inputs(start: Compensation, source: Source, data: RefinementData) -> dict[str, str]:
+    """Fingerprints of whatever decides what training comes to, beside its settings."""
+    after = {name: errors.after for name, errors in start.errors.items()}
+    return {
+        "quantized weights": start.digest,
+        "vectors": checksum([start.vectors, start.kinds, after, start.positions, start.blocks]),
+        "calibration data": checksum(data.batches),
+        FLOAT_MODEL: source_checksum(source),
+    }
 
 
 def _with_vectors(

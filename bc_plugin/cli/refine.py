@@ -47,6 +47,7 @@ def refine(
     """
     from .. import Compensation, RefinementConfig, enable, record_float_logits
     from .. import refine as run
+    from ..refinement.progress import delete_progress
 
     enable("transformers")
     config = RefinementConfig(
@@ -72,4 +73,5 @@ def refine(
         run(model, reference, calibration, config, folder=started)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+    delete_progress(started)  # not before: OUT is all that is left of the training
     print_sites(out, by_group=True)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from ..errors import BiasCompensationError
 from ..models.blocks import Blocks, find_blocks
 from ..models.calls import BlockCalls
 from ..models.float_blocks import BlockSnapshot, float_blocks_of
@@ -43,15 +42,9 @@ def train_by_block(
     Blocks with smaller errors may predict worse all the same, so the new vectors are kept only if
     the KL divergence of next-token distributions falls, on held-out sequences.
     """
-    live = isinstance(float_model, nn.Module)
-    if not live and not isinstance(float_model, BlockSnapshot):
-        raise BiasCompensationError(
-            f'by="block" compares blocks with those of the float model; pass that, not a '
-            f"{type(float_model).__name__}."
-        )
     blocks = find_blocks(model, compensation.blocks)
     source = float_blocks_of(float_model)
-    start = float_model if live else model
+    start = float_model if isinstance(float_model, nn.Module) else model
     with torch.no_grad():
         stream = list(record_calls(start, blocks, data.batches, device_of(start)))
     given = [calls.hidden for calls in stream]  # to the quantized blocks

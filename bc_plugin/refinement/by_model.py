@@ -10,7 +10,6 @@ from pathlib import Path
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..errors import BiasCompensationError
 from ..models.blocks import find_blocks
 from ..models.calls import twin_of
 from ..models.modules import dtype_of
@@ -22,7 +21,7 @@ from .data import RefinementData
 from .float_logits import FloatLogits
 from .gradients import differentiable
 from .parameters import frozen, merged_blocks, trained
-from .progress import Progress
+from .progress import FLOAT_MODEL, Progress
 from .train import Outcome, Training
 
 
@@ -72,15 +71,10 @@ def _float_logits(
     stack: ExitStack,
 ) -> FloatLogits:
     if isinstance(float_model, FloatLogits):
-        float_model.check(data.batches, config.top_k)
         return float_model
-    if not isinstance(float_model, nn.Module):
-        raise BiasCompensationError(
-            f"a {type(float_model).__name__} cannot tell what the float model predicts; pass the "
-            "float model, or what bc_plugin.record_float_logits wrote."
-        )
     if progress.folder is None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     else:
         folder = progress.float_logits
-    return FloatLogits.record(float_model, data.batches, folder, config.top_k)
+    source = progress.inputs.get(FLOAT_MODEL)
+    return FloatLogits.record(float_model, data.batches, folder, config.top_k, source)

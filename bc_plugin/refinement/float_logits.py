@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import BiasCompensationError
-from ..files import written_whole
 from ..models.predictions import next_token_log_probabilities
+from .checksums import checksum, model_checksum
+from .disk import reading, written_to
+
+FORMAT = "2"  # of the files; those of before are written anew
+BATCHES = "batch-*.safetensors"
 
 
 class FloatLogits:
@@ -39,53 +44,83 @@ class FloatLogits:
         batches: Sequence[Mapping[str, Any]],
         folder: str | Path,
         top_k: int | None,
+        float_model: str | None = None,
     ) -> FloatLogits:
         """Run the float model on all batches and write what it predicts.
 
         Args:
             batches: ``{"input_ids", "attention_mask"}``, int64 of shape (batch, length).
-            folder: A file per batch goes there; those written for the same batch are kept.
+            folder: A file per batch goes there; those written from the same model for the same
+                batch are kept, others are replaced.
             top_k: Log-probabilities kept per token; None for all.
+            float_model: The model's ``model_checksum``, where it is known.
+
+        Raises:
+            BiasCompensationError: a file there is damaged, or cannot be written.
         """
         found = cls(folder)
+        float_model = float_model or model_checksum(model)
         for number, batch in enumerate(tqdm(batches, desc="Float logits", leave=False)):
-            if found._has(number, batch, top_k):
+            wanted = _origin(batch, top_k) | {"float_model": float_model}
+            if found._holds(number, wanted):
                 continue
             log_p = next_token_log_probabilities(model, batch)
             kept, index = log_p.topk(min(top_k or log_p.shape[-1], log_p.shape[-1]))
-            tensors = {
-                "log_p": kept.cpu(),
-                "index": index.int().cpu(),
-                "input_ids": batch["input_ids"].cpu().contiguous(),
-            }
-            with written_whole(found._path(number)) as part:
-                save_file(tensors, part, metadata={"top_k": str(top_k)})
+            tensors = {"log_p": kept.cpu(), "index": index.int().cpu()}
+            metadata = wanted | {"checksum": checksum(tensors)}
+            with written_to(found._path(number)) as part:
+                save_file(tensors, part, metadata=metadata)
         return found
 
+    @property
+    def float_model(self) -> str:
+        """The ``model_checksum`` of the model that made the predictions."""
+        return self._metadata(0).get("float_model", "")
+
     def check(self, batches: Sequence[Mapping[str, Any]], top_k: int | None) -> None:
-        """Make sure that they were recorded for these batches.
+        """Make sure that they were recorded for these batches, all from one model.
 
         Raises:
-            BiasCompensationError: one is missing, or was recorded for other tokens.
+            BiasCompensationError: one is missing or damaged, or was recorded for other tokens or
+                masks, or from another model than the first.
         """
         for number, batch in enumerate(batches):
-            if not self._has(number, batch, top_k):
+            wanted = _origin(batch, top_k)
+            if number:
+                wanted["float_model"] = self.float_model
+            if not self._holds(number, wanted):
                 raise BiasCompensationError(
                     f"{self.folder} does not hold what the float model predicts for batch {number} "
                     f"of {len(batches)} with top_k={top_k}; record it with "
                     "bc_plugin.record_float_logits from the same calibration data and settings."
                 )
 
-    def _has(self, number: int, batch: Mapping[str, Any], top_k: int | None) -> bool:
-        path = self._path(number)
-        if not path.is_file():
+    def _holds(self, number: int, wanted: Mapping[str, str]) -> bool:
+        """Whether a batch's file is there, as it is wanted, and whole."""
+        if not self._path(number).is_file():
             return False
-        with safe_open(path, "pt") as file:
-            same_k = (file.metadata() or {}).get("top_k") == str(top_k)
-            return same_k and torch.equal(file.get_tensor("input_ids"), batch["input_ids"].cpu())
+        metadata = self._metadata(number)
+        if any(metadata.get(key) != value for key, value in wanted.items()):
+            return False
+        tensors = self._read(number)
+        with self._reading(number):
+            if checksum(tensors) != metadata["checksum"]:
+                raise ValueError("its checksum is another")
+        return True
 
     def _path(self, number: int) -> Path:
-        return self.folder / f"batch-{number}.safetensors"
+        return self.folder / BATCHES.replace("*", str(number))
+
+    def _reading(self, number: int) -> AbstractContextManager[None]:
+        return reading(self._path(number), "what the float model predicts is then recorded again")
+
+    def _metadata(self, number: int) -> dict[str, str]:
+        with self._reading(number), safe_open(self._path(number), "pt") as file:
+            return file.metadata() or {}
+
+    def _read(self, number: int) -> dict[str, Tensor]:
+        with self._reading(number), safe_open(self._path(number), "pt") as file:
+            return {name: file.get_tensor(name) for name in ("log_p", "index")}
 
     def divergence(self, number: int, log_q: Tensor) -> Tensor:
         """KL divergence from the float model's distributions, in nats, summed over tokens.
@@ -94,14 +129,20 @@ class FloatLogits:
             number: The batch's place among those recorded.
             log_q: The other model's log-probabilities, (tokens, vocabulary).
         """
-        tensors = load_file(self._path(number), device=str(log_q.device))
-        log_p, index = tensors["log_p"], tensors["index"].long()
+        tensors = self._read(number)
+        log_p = tensors["log_p"].to(log_q.device)
+        index = tensors["index"].to(log_q.device).long()
         chosen = log_q.gather(-1, index)
         divergence = (log_p.exp() * (log_p - chosen)).sum()
         if index.shape[-1] < log_q.shape[-1]:
             rest_p, rest_q = _log_rest(log_p), _log_rest(chosen)
             divergence = divergence + (rest_p.exp() * (rest_p - rest_q)).sum()
         return divergence
+
+
+def _origin(batch: Mapping[str, Any], top_k: int | None) -> dict[str, str]:
+    """What predictions are for, as a file's metadata has it."""
+    return {"format_version": FORMAT, "batch": checksum(batch), "top_k": str(top_k)}
 
 
 def _log_rest(log_p: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -74,11 +74,25 @@ def has_gradient(linear: nn.Module, dtype: torch.dtype) -> bool:
     return bool((found - expected).norm() <= 0.05 * expected.norm())
 
 
+@torch.no_grad()
+def settle(linear: nn.Module, dtype: torch.dtype) -> None:
+    """Have a kernel decide now what it decides when first run, and always the same.
+
+    Otherwise it would depend on which data comes first, and with or without a gradient: a run that
+    goes on after a stop would not compute what it had computed before.
+    """
+    row = torch.zeros(1, linear.in_features, dtype=dtype, device=device_of(linear))
+    with suppress(Exception):  # what takes no such row decides later on
+        linear(row)
+
+
 @contextmanager
 def differentiable(
     blocks: Sequence[nn.Module], dtype: torch.dtype, checkpointing: bool
 ) -> Iterator[None]:
     """While it lasts, gradients pass through every quantized linear in ``blocks``.
+
+    Each of them is run once.
 
     Args:
         dtype: The type the model computes in.
@@ -88,11 +102,12 @@ def differentiable(
     with ExitStack() as stack:
         for block in blocks:
             for module in list(block.modules()):
-                if not hasattr(module, "in_features") or isinstance(module, nn.Linear):
-                    continue
                 kind = type(module)
+                if not hasattr(module, "in_features") or kind is nn.Linear:
+                    continue
                 if kind not in known:
-                    known[kind] = has_gradient(module, dtype)
+                    known[kind] = isinstance(module, nn.Linear) or has_gradient(module, dtype)
+                settle(module, dtype)
                 if not known[kind]:
                     stack.callback(DifferentiableForward(module).undo, module)
             if checkpointing:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import BiasCompensationError
-from ..files import written_whole
+from .checksums import checksum
+from .disk import reading, written_to
+from .float_logits import BATCHES
 
-RUN, STATE = "refinement.json", "refinement-"
+RUN, STATES, FLOAT_LOGITS = "refinement.json", "refinement-*.pt", "float_logits"
+FLOAT_MODEL = "float model"  # its name among the inputs
 
 
 class Progress:
@@ -23,62 +24,110 @@ class Progress:
 
     Args:
         folder: Where to keep it; None to keep nothing.
-        identity: Whatever makes this run another one than those before.
+        settings: How the run was asked for.
+        inputs: Fingerprints of what it was given, by what that is.
 
     Raises:
-        BiasCompensationError: the folder holds another run's progress.
+        BiasCompensationError: the folder holds another run's progress, or is damaged.
     """
 
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
-        self.folder = folder
-        if folder is None:
+    def __init__(
+        self,
+        folder: Path | None,
+        settings: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder, self.inputs = folder, dict(inputs or {})
+        identity = {"settings": dict(settings or {}), "inputs": self.inputs}
+        identity = json.loads(json.dumps(identity))  # as it is read again
+        if folder is not None:
+            identity = _same_run(folder, identity)
+        self.run = checksum(identity)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """What ``write`` wrote last under this name.
+
+        Raises:
+            BiasCompensationError: it is damaged, or another run's.
+        """
+        if self.folder is None:
+            return None
+        path = self._path(name)
+        if not path.is_file():
+            return None
+        with reading(path, "its training then starts anew"):
+            kept = torch.load(path, map_location="cpu", weights_only=True)
+            if checksum([kept["run"], kept["state"]]) != kept["checksum"]:
+                raise ValueError("its checksum is another")
+        if kept["run"] != self.run:
+            raise _another(self.folder, [f"{path.name} is not of this one"])
+        return kept["state"]
+
+    def write(self, name: str, state: dict[str, Any]) -> None:
+        """Keep a state, in place of the last one under this name."""
+        if self.folder is None:
             return
-        text = json.dumps(identity, sort_keys=True)
-        path = folder / RUN
-        if path.is_file() and path.read_text(encoding="utf-8") != text:
-            raise BiasCompensationError(
-                f"{folder} holds the progress of a refinement of another checkpoint, on other data "
-                "or with other settings; delete it or name another folder."
-            )
-        with written_whole(path) as part:
-            part.write_text(text, encoding="utf-8")
+        kept = {"run": self.run, "state": state, "checksum": checksum([self.run, state])}
+        with written_to(self._path(name)) as part:
+            torch.save(kept, part)
 
     @property
     def float_logits(self) -> Path:
         """Where to keep what the float model predicts."""
-        return self.folder / "float_logits"
+        return self.folder / FLOAT_LOGITS
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{STATE}{name}.pt"
+        return self.folder / STATES.replace("*", name)
 
-    def read(self, name: str) -> dict[str, Any] | None:
-        """What ``write`` wrote last under this name."""
-        if self.folder is None or not self._path(name).is_file():
-            return None
-        return torch.load(self._path(name), weights_only=True)
 
-    def write(self, name: str, state: dict[str, Any]) -> None:
-        """Keep a state, in place of the last one under this name."""
-        if self.folder is not None:
-            with written_whole(self._path(name)) as part:
-                torch.save(state, part)
+def delete_progress(folder: Path) -> None:
+    """Remove what a run kept there, and the folder if nothing else is in it.
 
-    def delete(self) -> None:
-        """Remove it once the run has come to its end, and the folder if nothing else is there."""
-        if self.folder is None:
-            return
-        for path in (self.folder / RUN, *self.folder.glob(f"{STATE}*")):
+    For when its result is in a safe place: the training cannot be had again otherwise.
+    """
+    logits = folder / FLOAT_LOGITS
+    for place, pattern in ((folder, RUN), (folder, STATES), (logits, BATCHES)):
+        # Those with a dot were being written when a run was killed.
+        for path in (*place.glob(pattern), *place.glob(f".{pattern}.*")):
             path.unlink(missing_ok=True)
-        for path in self.float_logits.glob("*.safetensors"):
-            path.unlink()
-        for folder in (self.float_logits, self.folder):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+    for empty in (logits, folder):
+        with contextlib.suppress(OSError):
+            empty.rmdir()
 
 
-def checksum(tensors: Iterable[Tensor]) -> str:
-    """A fingerprint of tensors' values."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+def _same_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """What identifies the run whose progress is in a folder, which must be this one if any is."""
+    path = folder / RUN
+    if not (path.is_file() and any(folder.glob(STATES))):  # nothing would be lost
+        with written_to(path) as part:
+            kept = {"run": identity, "checksum": checksum(identity)}
+            part.write_text(json.dumps(kept, sort_keys=True), encoding="utf-8")
+        return identity
+    with reading(path, "training then goes on from the other files"):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if checksum(kept["run"]) != kept["checksum"]:
+            raise ValueError("its checksum is another")
+        differences = _differences(kept["run"], identity)
+    if differences:
+        raise _another(folder, differences)
+    return kept["run"]
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What is not the same in two runs, in words."""
+    found = []
+    for name in sorted({*there["settings"], *here["settings"]}):
+        was, now = (run["settings"].get(name) for run in (there, here))
+        if was != now:
+            found.append(f"{name} was {was!r} and is {now!r}")
+    for name in sorted({*there["inputs"], *here["inputs"]}):
+        if there["inputs"].get(name) != here["inputs"].get(name):
+            found.append(f"the {name} differ{'' if name.endswith('s') else 's'}")
+    return found
+
+
+def _another(folder: Path, differences: list[str]) -> BiasCompensationError:
+    return BiasCompensationError(
+        f"{folder} holds the progress of another refinement ({'; '.join(differences)}). Call it "
+        "with what it was started with to go on, or delete it or name another folder."
+    )

@@ -69,7 +69,8 @@ class Training:
         self.sites, self.loss, self.config = sites, loss, config
         self.fitted, self.apart = fitted, apart
         self.progress, self.name = progress, name
-        self.steps = {n: site.step for n, site in sites.items() if site.step.requires_grad}
+        # In an order of their own: a compensation that was saved and loaded has another.
+        self.steps = {n: s.step for n, s in sorted(sites.items()) if s.step.requires_grad}
         self.device = next(iter(self.steps.values())).device.type
         self.optimizer = torch.optim.Adam(
             list(self.steps.values()), lr=config.learning_rate, betas=(0.9, 0.95)

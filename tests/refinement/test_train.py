@@ -8,6 +8,7 @@ from helpers.language import token_batches
 from helpers.refinement import compensated, refine
 
 from bc_plugin import BiasCompensationError, Compensation
+from bc_plugin.refinement.progress import delete_progress
 from bc_plugin.refinement.train import Training, learning_rate_factor
 
 
@@ -49,6 +50,7 @@ def test_a_stopped_run_goes_on_from_where_it_was(tmp_path, monkeypatch, by):
     assert len(made) == (8 if by == "model" else 12 + 8)  # from the last look on
     for name, vectors in expected.vectors.items():
         assert torch.equal(found.vectors[name], vectors)
+    delete_progress(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
