@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,7 +17,7 @@ from ..models.calls import BlockCalls
 from ..models.float_blocks import BlockSnapshot
 from ..models.modules import device_of, dtype_of, stored_tensors
 from ..models.tracker import PositionTracker
-from ..shift.inside import measure_block, measure_linears
+from ..shift.inside import check_finite, measure_block, measure_linears
 from ..shift.rescaling import Rescaling
 from ..shift.settle import settle
 from ..shift.sites import linear_sites
@@ -83,6 +84,7 @@ class Rehearsal:
             if name not in self.waiting:
                 with self.float_blocks.load(name, device) as block:
                     calls.hidden = calls.run(block, number, device, dtype_of(block))
+                check_finite(calls.hidden, name, "float")
                 continue
             try:
                 quantized = self._quantized(name)
@@ -100,7 +102,7 @@ class Rehearsal:
     def _quantized(self, name: str) -> nn.Module:
         home = device_of(self.model.get_submodule(name))
         with self.float_blocks.load(name, home) as block:
-            return self.as_quantized(name, block).eval()
+            return self.as_quantized(name, copy.deepcopy(block)).eval()
 
     def _measure(self, number: int, name: str, quantized: nn.Module, calls: BlockCalls) -> Tensor:
         """The float block's output."""

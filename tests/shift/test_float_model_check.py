@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from images import inputs, tiny
-from models import crudely_quantized, tiny_model, token_batches
+from helpers.images import inputs, tiny
+from helpers.language import crudely_quantized, tiny_model, token_batches
 from torch import nn
 
 import bc_plugin

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import crudely_quantized, tiny_model, token_batches
+from helpers.language import crudely_quantized, tiny_model, token_batches
 
 import bc_plugin
 from bc_plugin import BiasCompensationConfig, BiasCompensationError
