@@ -112,9 +112,13 @@ def _folders(model: nn.Module) -> list[Path]:
     if Path(source).is_dir():
         return [Path(source)]
     from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.file_download import repo_folder_name
 
-    repository = Path(HF_HUB_CACHE, repo_folder_name(repo_id=source, repo_type="model"))
+    try:
+        repository = Path(HF_HUB_CACHE, repo_folder_name(repo_id=source, repo_type="model"))
+    except HFValidationError:  # a folder that is no longer there
+        return []
     # transformers 5 does not say which revision it has read; the tensors will tell.
     return sorted(repository.glob(f"snapshots/{getattr(config, '_commit_hash', None) or '*'}"))
 
