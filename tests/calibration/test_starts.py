@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import VOCABULARY, tiny_model
+from helpers.language import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast

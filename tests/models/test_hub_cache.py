@@ -1,7 +1,7 @@
 """Float blocks of a model that was loaded by its name on the hub."""
 
 import pytest
-from models import tiny_model
+from helpers.language import tiny_model
 from transformers import AutoModelForCausalLM
 
 from bc_plugin.models.blocks import find_blocks

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import crudely_quantized, tiny_model, token_batches
+from helpers.language import crudely_quantized, tiny_model, token_batches
 from transformers import AutoModel, BertConfig
 
 import bc_plugin
