@@ -7,8 +7,8 @@ from transformers import AutoModel, BertConfig
 
 import bc_plugin
 from bc_plugin.models.blocks import find_block_lists
-from bc_plugin.models.calls import record_calls
 from bc_plugin.models.positions import token_index
+from bc_plugin.models.record import record_calls
 
 PADDING = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 INDEX = [[0, 1, 2, 3, 4, 5], [-1, -1, 0, 1, 2, 3], [0, 1, 2, 3, -1, -1]]
