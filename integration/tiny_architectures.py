@@ -17,8 +17,7 @@ LARGEST = 4_000_000  # parameters
 SHARED_CACHE = {
     "num_kv_shared_layers": 2,
     "num_hidden_layers": 5,
-    "layer_types": ["sliding_attention", "full_attention", *["sliding_attention"] * 2]
-    + ["full_attention"],
+    "layer_types": [f"{kind}_attention" for kind in "sliding full sliding sliding full".split()],
 }
 HYBRID = {"layer_types": ["mamba", "attention"] * 2}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
