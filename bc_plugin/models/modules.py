@@ -78,6 +78,15 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def gives_features(linear: nn.Module, output: Any) -> bool:
+    """Whether ``output`` is one value for each output feature of ``linear``, as a bias is.
+
+    Routers that are linears return choices, too (Llama 4), grouped ones give groups (DeepSeek-V4).
+    """
+    features = linear.weight.shape[0 if isinstance(linear, nn.Linear) else -1]
+    return isinstance(output, Tensor) and output.shape[-1] == features
+
+
 def linears_of(block: nn.Module) -> list[tuple[str, nn.Module]]:
     """The linears of a float block, with their paths within it."""
     return [(name, module) for name, module in block.named_modules() if is_linear(module)]

@@ -67,12 +67,16 @@ def _last_output(model: nn.Module, blocks: Blocks, batch: Batch, device: torch.d
             hooks.callback(head.register_forward_pre_hook(stop).remove)
         run_until_done(model, batch, device)
     for name, times in runs.items():
-        if times != 1:
+        if times == 0:
             raise BiasCompensationError(
-                f"{type(model).__name__} runs its block {name!r} {times} times in one forward pass "
-                "over the calibration data. Blocks have to be run once each: layers that share "
-                "their weights, as in ALBERT, cannot be compensated, and blocks that attend to "
-                "images need data with images. Name other blocks with blocks=... if it has some."
+                f"the calibration data never reaches the block {name!r} of {type(model).__name__}. "
+                "Use data that does: blocks that attend to images (Mllama) need some with images."
+            )
+        if times > 1:
+            raise BiasCompensationError(
+                f"{type(model).__name__} runs its block {name!r} {times} times in one forward "
+                "pass. Layers that share their weights, as in ALBERT, cannot be compensated; name "
+                "other blocks with blocks=... if it has some."
             )
     return outputs[0]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import BiasCompensationError
 from ..models.calls import BlockCalls
 from ..models.mixers import convolved_linears
-from ..models.modules import alongside, device_of, dtype_of
+from ..models.modules import alongside, device_of, dtype_of, gives_features
 from ..models.tracker import PositionTracker
 from .rescaling import Rescaling
 from .statistics import Site
@@ -50,7 +50,7 @@ def measure_linears(
         return rescaling.input_of(linear, inputs).to(dtype)
 
     def compare(linear: str, output: Tensor, shifted: Tensor) -> None:
-        if isinstance(output, Tensor):  # routers that are linears return choices, too
+        if gives_features(reference.get_submodule(linear), output):
             sites[linear].update(current, output, shifted)
 
     modules = {linear: quantized.get_submodule(linear) for linear in linears}

@@ -111,7 +111,7 @@ class CompensatedQuantization:
     @property
     def is_joint(self) -> bool:
         """Whether any linear was quantized jointly."""
-        return self.joint is not None and self.joint.quantized > 0
+        return self.joint is not None and bool(self.joint.quantized)
 
     def finish(
         self, quantized: nn.Module, copy_to_run: Callable[[nn.Module], nn.Module] = copy_of

@@ -111,7 +111,7 @@ def test_a_run_of_a_toolkit_ends_with_all_of_them_or_is_not_joint(joint):
     model = tiny_model()
     config = BiasCompensationConfig(held_out=0.5, keep_only_if_better=True, joint=joint)
     batches = token_batches(2, length=3)
-    with CompensatedQuantization(model, config) as run:
+    with CompensatedQuantization(model, config, lambda name, block: block) as run:
         run.start(batches)
         if joint:
             _quantize(model, batches)

@@ -1,6 +1,7 @@
 """Models that accelerate keeps on the CPU or on disk: what works, and what says so at once."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ def _offloaded(model, **options):
 
 def test_a_quantized_model_is_refused_before_the_pass(pair, monkeypatch):
     model, quantized = pair
-    monkeypatch.setattr(bc_plugin.models.calls, "_record", None)  # the pass would call it
+    monkeypatch.setattr(
+        sys.modules["bc_plugin.models.record"], "_record", None
+    )  # the pass would call it
     with pytest.raises(BiasCompensationError, match=r"layers\.0.*offloaded.*device_map"):
         bc_plugin.compensate(_offloaded(quantized), model, token_batches())
 

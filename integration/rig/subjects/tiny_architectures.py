@@ -17,10 +17,7 @@ LARGEST = 4_000_000  # parameters
 SHARED_CACHE = {
     "num_kv_shared_layers": 2,
     "num_hidden_layers": 5,
-    "layer_types": [
-        *("sliding_attention", "full_attention", "sliding_attention"),
-        *("sliding_attention", "full_attention"),
-    ],
+    "layer_types": ["full_attention" if i in (1, 4) else "sliding_attention" for i in range(5)],
 }
 HYBRID = {"layer_types": ["mamba", "attention"] * 2}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
