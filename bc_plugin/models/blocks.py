@@ -138,6 +138,8 @@ def _within_stages(model: nn.Module, path: str, lists: list[str]) -> list[str]:
         own = [name for name in lists if name.rpartition(".")[0] == f"{path}.{stage}"]
         if len(own) != 1 or not _is_composite(model, own[0]):
             return []
+        if len({type(member) for member in model.get_submodule(own[0])}) != 1:
+            return []  # the parts of one block, as T5 has them
         found += own
     first = [model.get_submodule(name)[0] for name in found]
     widths = {tuple(tensor.shape for _, tensor in stored_tensors(block)) for block in first}
