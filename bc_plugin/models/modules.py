@@ -74,6 +74,14 @@ def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield prefix + name, buffer
 
 
+def plain_part(tensor: Tensor) -> Tensor:
+    """``tensor``, or the largest tensor within one of TorchAO's, which cannot be reshaped."""
+    while type(tensor).__module__.startswith("torchao"):
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        tensor = max((part for part in parts if part is not None), key=lambda part: part.nbytes)
+    return tensor
+
+
 def is_linear(module: nn.Module) -> bool:
     # transformers' Conv1D (GPT-2) is a linear with the weight transposed.
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

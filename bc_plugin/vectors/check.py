@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
 from ..models.blocks import find_block_lists
-from ..models.modules import stored_tensors
+from ..models.modules import plain_part, stored_tensors
 from ..models.offloaded import require_in_memory
 from ..names import KEY
 from .contents import Contents
@@ -56,7 +56,7 @@ def weights_digest(model: nn.Module, lists: Iterable[str], sites: Iterable[str] 
         weights = _weights(model.get_submodule(path))
         packed = {name: w for name, w in weights.items() if not w.is_floating_point()}
         for name, weight in sorted((packed or weights).items()):
-            flat = weight.detach().reshape(-1)
+            flat = plain_part(weight.detach()).reshape(-1)
             step = max(1, flat.numel() // SAMPLES)
             sample = flat[::step].contiguous().cpu().view(torch.uint8)
             digest.update(f"{name} {tuple(weight.shape)}".encode())
