@@ -24,7 +24,8 @@ from torch import Tensor
 LINEAR = 0.2  # the least correlation of a linear or a convolution
 BLOCK = 0.1  # of a block
 FACTORS = 0.3  # the most that factors may explain
-FEW, ENOUGH = 32, 1024  # tokens: fewer tell nothing, and more tell nothing new
+FEW, ENOUGH = 32, 512  # tokens: fewer tell nothing, and more tell nothing new
+EACH = 128  # of one batch
 
 
 class Covariances:
@@ -38,7 +39,9 @@ class Covariances:
     def update(self, values: Tensor) -> None:
         """Add ``values``, float64 (tensors, tokens, features)."""
         self.tokens += values.shape[1]
-        sums, products = values.sum(1), torch.einsum("atf,btf->abf", values, values)
+        sums = values.sum(1)
+        values = values.permute(1, 2, 0).contiguous()  # twice as fast
+        products = torch.einsum("tfa,tfb->abf", values, values)
         self.sums = sums if self.sums is None else self.sums + sums
         self.products = products if self.products is None else self.products + products
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import BiasCompensationError
 from ..models.calls import BlockCalls
 from ..models.positions import site_index, vector_rows
-from .agreement import BLOCK, LINEAR, Agreement
+from .agreement import BLOCK, EACH, LINEAR, Agreement
 
 
 class Site:
@@ -85,15 +85,18 @@ class Site:
         keep: Tensor | None,
         given: Tensor | None,
     ) -> None:
-        """Leave the first token out where it has a row of its own: an attention sink drowns all."""
-        shift = output.to(torch.promote_types(output.dtype, torch.float32)) - reference
-        values = [reference, shift]
-        if given is not None and given.numel() == reference.numel():
-            values.append(given.to(shift.device).reshape(reference.shape))
+        """Compare some tokens, spread over the batch.
+
+        Not the first where it has a row of its own: beside an attention sink nothing else is seen.
+        """
         chosen = rows >= min(self.positions, 1)
-        if keep is not None:
-            chosen &= keep
-        self.agreement.update(torch.stack([value.to(shift)[chosen] for value in values]))
+        chosen = (chosen if keep is None else chosen & keep).nonzero().squeeze(1)
+        chosen = chosen[:: len(chosen) // EACH + 1]
+        wide = torch.promote_types(output.dtype, torch.float32)
+        values = [reference[chosen], output.to(wide)[chosen] - reference[chosen]]
+        if given is not None and given.numel() == reference.numel():
+            values.append(given.to(chosen.device).reshape(reference.shape)[chosen])
+        self.agreement.update(torch.stack([value.to(values[1]) for value in values]))
 
 
 class ShiftStatistics:
