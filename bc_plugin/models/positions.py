@@ -55,7 +55,7 @@ def _from_mask(mask: Any, length: int, past: int | Tensor) -> Tensor | None:
         columns = torch.arange(length, device=mask.device) + past
         keys = torch.arange(seen.shape[-1], device=mask.device)
         # Encoders attend to later tokens, too, and padding attends to what it is not part of.
-        index = (seen & (keys <= columns[:, None])).sum(-1) - 1
+        index = (seen & (keys <= columns[:, None])).to(torch.int64).sum(-1) - 1
         real = seen.any(-2)[:, columns.clamp(max=len(keys) - 1)]
         return index.masked_fill(~real, -1)
     return None
