@@ -45,7 +45,7 @@ def _cannot_honour(config):
 
 def _config_from_dict(wrapped, cls, args, kwargs):
     settings = dict(argument("quantization_config_dict", 0, args, kwargs))
-    entry = settings.pop(KEY, None)
+    entry = settings.pop(KEY) if is_entry(settings.get(KEY)) else None
     config = wrapped(settings)
     set_flag(config, entry)
     return config
@@ -111,9 +111,9 @@ def _after_loading(wrapped, quantizer, args, kwargs):
     model = argument("model", 0, args, kwargs)
     compensation = unmark(model, Compensation)
     result = attach_around(lambda: wrapped(*args, **kwargs), model, compensation)
-    compensation = Compensation.attached_to(model)
-    if compensation is not None:  # once quantized, the model is given another config
-        set_entry(model, compensation.entry())
+    made = None if quantizer.pre_quantized else Compensation.attached_to(model)
+    if made is not None:  # once it has quantized, GptqHfQuantizer gives the model another config
+        set_entry(model, made.entry())
     return result
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import VOCABULARY, crudely_quantized, token_batches
+from helpers.language import VOCABULARY, crudely_quantized, token_batches
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 

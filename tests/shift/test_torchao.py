@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import tiny_model, token_batches
+from helpers.language import tiny_model, token_batches
 
 import bc_plugin
 from bc_plugin import BiasCompensationError
