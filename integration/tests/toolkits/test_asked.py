@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import transformers.utils.quantization_config as configs
-from rig.quantizers.pipelines import CPU, PIPELINES, model_of
+from rig.quantizers.pipelines import PIPELINES, model_of
 from rig.subjects.tiny import sequences, tiny_checkpoint, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPTQConfig
 
@@ -34,7 +34,7 @@ def _legacy(flag):
         **SETTINGS, dataset=dataset, cache_block_outputs=False, bias_compensation=flag
     )
     return config, lambda source: AutoModelForCausalLM.from_pretrained(
-        source, quantization_config=config, device_map=CPU, dtype=torch.float32
+        source, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
     )
 
 
