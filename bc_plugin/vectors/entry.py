@@ -97,13 +97,7 @@ def read_entry(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
             "announce; the two do not belong together."
         )
     vectors = {name: tensors[name] for name in kinds}
-    digest = vectors_digest(vectors)
-    if digest != bound_to:
-        raise BiasCompensationError(
-            f"the compensation tensors (*.{KEY}) are not those that the quantization config was "
-            f"written with: their digest is {digest}, expected {bound_to}. A file is damaged, or "
-            "of another checkpoint; download or save the checkpoint again."
-        )
+    _check_digest(vectors, bound_to)
     return {"vectors": vectors, **found}
 
 
@@ -129,6 +123,23 @@ def vectors_digest(vectors: Mapping[str, Tensor]) -> str:
         stored = tensor.detach().cpu().contiguous()
         digest.update(stored.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _check_digest(vectors: Mapping[str, Tensor], expected: str) -> None:
+    digest = vectors_digest(vectors)
+    if digest == expected:
+        return
+    for name, tensor in vectors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise BiasCompensationError(
+                f"{name}.{KEY} holds NaN or infinity; the file is damaged, download or save the "
+                "checkpoint again."
+            )
+    raise BiasCompensationError(
+        f"the compensation tensors (*.{KEY}) are not those that the quantization config was "
+        f"written with: their digest is {digest}, expected {expected}. A file is damaged, or "
+        "of another checkpoint; download or save the checkpoint again."
+    )
 
 
 def _check_version(entry: Mapping[str, Any]) -> None:
