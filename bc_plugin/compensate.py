@@ -135,7 +135,7 @@ class _Pass:
             require_same_model(model, float_model, self.lists)
         self.joint = joint_linears(model)
         if "linear" not in config.sites:
-            require_linears(self.joint, (), "Keep linear among the sites.")
+            require_linears(self.joint, (), "keep linear among the sites.")
         if len(self.lists) > 1 and config.positions != 0:
             raise BiasCompensationError(
                 f"{type(model).__name__} has {len(self.lists)} lists of blocks: {self.paths}. "
@@ -170,7 +170,7 @@ class _Pass:
             raise BiasCompensationError(f"no site is left to compensate: {reason}")
         if self.rescaled:
             warnings.warn(RESCALED, stacklevel=4)
-        require_linears(self.joint, self.vectors, "Pass the float model that they were made from.")
+        require_linears(self.joint, self.vectors, "pass the float model that they were made from.")
         return Compensation(
             vectors=self.vectors,
             kinds=self.kinds,

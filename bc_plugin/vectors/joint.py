@@ -46,5 +46,5 @@ def require_linears(joint: Collection[str], found: Collection[str], why: str) ->
         raise BiasCompensationError(
             f"{len(missing)} of {len(joint)} linears that were quantized jointly with their "
             f"vectors would be left without, the first is {missing[0]}; such weights are worth "
-            f"little by themselves. {why}"
+            f"little by themselves; {why}"
         )
