@@ -8,7 +8,12 @@ from helpers.language import crudely_quantized, tiny_model, token_batches
 import bc_plugin
 
 
-@pytest.mark.parametrize("kind", [dict, SimpleNamespace])
+class _Config(SimpleNamespace):
+    def to_dict(self):
+        return dict(vars(self))
+
+
+@pytest.mark.parametrize("kind", [dict, _Config])
 def test_each_model_has_its_own_entry(kind):
     shared = kind(bits=4)
     pairs = []
