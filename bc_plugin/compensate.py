@@ -221,9 +221,10 @@ class _Pass:
         self.experts += [f"{name}.{path}" for path in experts]
         stood_for = "block" in self.config.sites and bool(changed or experts)
         self.changed |= bool(changed) or stood_for
-        if not moved.inputs and any(site.agreement.is_missing for site in sites):
+        others = not moved.inputs and any(site.agreement.is_missing for site in sites)
+        if others:
             sites = []  # scales were moved, or weights rotated: the others' inputs are others, too
-        self.rescaled |= "linear" in self.config.sites and bool(changed) and not sites
+        self.rescaled |= others or ("linear" in self.config.sites and bool(changed) and not linears)
         kept = [site for site in sites if self._keep(site)]
         if stood_for:
             block = self._measured_block(number, name, quantized, kept, outputs)
