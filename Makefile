@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 .PHONY: setup setup-legacy setup-vllm setup-llama-cpp demo test test-current test-legacy \
 	test-vllm test-llama-cpp lint benchmark benchmark-toolkits benchmark-serving \
-	benchmark-comparison benchmark-vision clean
+	benchmark-comparison benchmark-vision benchmark-architectures benchmark-threads clean
 
 setup: $(VENV)/.ready
 
@@ -86,6 +86,14 @@ lint: setup
 
 benchmark: setup
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/speed.py
+
+# Every causal language model of transformers, tiny; about ten minutes.
+benchmark-architectures: setup
+	PYTHONPATH=integration:tests $(BIN)/python integration/benchmarks/architectures.py $(ARGS)
+
+# Many threads that answer with one model, a minute for each setting.
+benchmark-threads: setup
+	PYTHONPATH=integration:tests $(BIN)/python integration/benchmarks/threads.py
 
 # Every toolkit in one table; about an hour and a half on two cores.
 benchmark-toolkits: setup setup-legacy

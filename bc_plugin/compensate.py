@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -18,12 +16,18 @@ from .config import BiasCompensationConfig
 from .errors import BiasCompensationError
 from .models.blocks import find_block_lists, find_blocks
 from .models.float_blocks import BlockSnapshot, float_blocks_of
-from .models.modules import copy_of, device_of, dtype_of
+from .models.modules import copy_of, device_of, dtype_of, evaluating
 from .models.offloaded import require_in_memory
-from .models.tracker import PositionTracker
 from .names import KEY
 from .shift.inside import measure_block, measure_linears
-from .shift.messages import NOTHING_COMPARABLE, ONLY_EXPERTS, RESCALED, UNCHANGED, about_experts
+from .shift.messages import (
+    NOTHING_COMPARABLE,
+    ONLY_EXPERTS,
+    RESCALED,
+    SEVERAL_LISTS,
+    UNCHANGED,
+    about_experts,
+)
 from .shift.outside import measure_outside
 from .shift.rescaling import Rescaling
 from .shift.same_model import require_same_model
@@ -36,7 +40,6 @@ from .shift.sites import (
     sites_outside,
 )
 from .shift.statistics import Site
-from .vectors.attach import AttachedSite
 from .vectors.check import weights_digest
 from .vectors.compensation import Compensation
 from .vectors.contents import SiteErrors
@@ -90,18 +93,10 @@ def compensate(
             "the quantized model is compensated already; detach its compensation first."
         )
     start = time.perf_counter()
-    models = [m for m in (quantized_model, float_model) if isinstance(m, nn.Module)]
-    training = [model.training for model in models]
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        try:
-            for model in models:
-                model.eval()
-            compensation = _Pass(
-                quantized_model, float_model, calibration, config, rescalings or {}, copy_to_run
-            ).run()
-        finally:
-            for model, mode in zip(models, training, strict=True):
-                model.train(mode)
+    with evaluating(quantized_model, float_model):
+        compensation = _Pass(
+            quantized_model, float_model, calibration, config, rescalings or {}, copy_to_run
+        ).run()
     compensation.seconds = time.perf_counter() - start
     return compensation
 
@@ -138,9 +133,9 @@ class _Pass:
             require_linears(self.joint, (), "keep linear among the sites.")
         if len(self.lists) > 1 and config.positions != 0:
             raise BiasCompensationError(
-                f"{type(model).__name__} has {len(self.lists)} lists of blocks: {self.paths}. "
-                "Their tokens are different ones, in different numbers, and no class token leads "
-                f"all of them, so positions={config.positions!r} has no meaning; use positions=0."
+                SEVERAL_LISTS.format(
+                    type(model).__name__, len(self.lists), self.paths, config.positions
+                )
             )
         self.vectors: dict[str, Tensor] = {}
         self.kinds: dict[str, str] = {}
@@ -227,30 +222,13 @@ class _Pass:
         self.rescaled |= others or ("linear" in self.config.sites and bool(changed) and not linears)
         kept = [site for site in sites if self._keep(site)]
         if stood_for:
-            block = self._measured_block(number, name, quantized, kept, outputs)
+            own = {site.name.removeprefix(f"{name}."): self.vectors[site.name] for site in kept}
+            block = measure_block(name, number, quantized, own, *calls, outputs, self.dtype)
             if not sites:
                 require_same_block(block)
             self._keep(block)
         for calls, output in zip(self.stream, outputs, strict=True):
             calls.hidden = output
-
-    def _measured_block(
-        self,
-        number: int,
-        name: str,
-        quantized: nn.Module,
-        linears: Iterable[Site],
-        references: list[Tensor],
-    ) -> Site:
-        tracker = PositionTracker(self.positions)
-        with ExitStack() as attached:
-            for site in linears:
-                module = quantized.get_submodule(site.name.removeprefix(f"{name}."))
-                in_place = AttachedSite(module, self.vectors[site.name], tracker, self.dtype)
-                attached.callback(in_place.detach)
-            return measure_block(
-                name, number, quantized, self.stream, references, tracker, self.dtype
-            )
 
     def _keep(self, site: Site) -> bool:
         """Make vectors of a site's statistics; whether they are kept."""

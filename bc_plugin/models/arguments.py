@@ -75,3 +75,9 @@ def hidden_output(block: nn.Module, output: Any) -> Tensor:
             "are expected first. Such blocks cannot be compensated; name others with blocks=..."
         )
     return hidden
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """What a block returned, several things, with other hidden states."""
+    values, kind = (hidden, *output[1:]), type(output)
+    return kind(*values) if hasattr(kind, "_fields") else kind(values)

@@ -113,3 +113,18 @@ def device_of(module: nn.Module) -> torch.device:
         if execution is not None:
             return torch.device(execution)
     return next(stored_tensors(module))[1].device
+
+
+@contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """While it lasts, modules among these only evaluate: uncompiled and without gradients."""
+    modules = [model for model in models if isinstance(model, nn.Module)]
+    training = [module.training for module in modules]
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        try:
+            for module in modules:
+                module.eval()
+            yield
+        finally:
+            for module, mode in zip(modules, training, strict=True):
+                module.train(mode)

@@ -43,7 +43,7 @@ def first_input(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
     return next(value for value in kwargs.values() if isinstance(value, Tensor))
 
 
-def _past_length(arguments: Mapping[str, Any]) -> int | Tensor | None:
+def past_length(arguments: Mapping[str, Any]) -> int | Tensor | None:
     """Tokens that the cache holds; None where there are some, and it cannot tell how many."""
     for name in CACHES:
         cache = arguments.get(name)
@@ -129,7 +129,7 @@ def token_index(arguments: Mapping[str, Any]) -> Tensor | None:
     Raises:
         BiasCompensationError: there are tokens before these, and nothing tells how many.
     """
-    return _index(arguments, _past_length(arguments))
+    return _index(arguments, past_length(arguments))
 
 
 def running_index(arguments: Mapping[str, Any], positions: int) -> Tensor | None:
@@ -138,7 +138,7 @@ def running_index(arguments: Mapping[str, Any], positions: int) -> Tensor | None
     State-space models have caches that do not tell how many tokens they have seen. For one leading
     position it is enough that there were any.
     """
-    past = _past_length(arguments)
+    past = past_length(arguments)
     return _index(arguments, 1 if past is None and positions == 1 else past)
 
 
@@ -172,7 +172,7 @@ def vector_rows(index: Tensor, positions: int) -> Tensor:
     return index.masked_fill(index < 0, positions).clamp(max=positions)
 
 
-def _are_tokens(shape: torch.Size, tokens: Tensor) -> bool:
+def are_tokens(shape: torch.Size, tokens: Tensor) -> bool:
     """Whether values of ``shape`` are those of ``tokens``, (batch, length), in the same order.
 
     They may be flattened, or have one head as in multi-head latent attention: (batch, 1, length).
@@ -180,22 +180,6 @@ def _are_tokens(shape: torch.Size, tokens: Tensor) -> bool:
     if shape in (tokens.shape, (tokens.numel(),)):
         return True
     return [n for n in shape if n != 1] == [n for n in tokens.shape if n != 1]
-
-
-def rows_of(rows: Tensor, hidden: Tensor) -> Tensor:
-    """``rows``, (batch, length), laid out like the tokens of ``hidden``, which may be flattened.
-
-    Raises:
-        BiasCompensationError: ``hidden`` holds other tokens, or the same in windows.
-    """
-    tokens = hidden.shape[:-1]
-    if not _are_tokens(tokens, rows):
-        raise BiasCompensationError(
-            f"a site gives tokens of shape {tuple(tokens)} where the model has "
-            f"{tuple(rows.shape)}, as in windowed or cross-attention, so their positions are "
-            "unknown; compensate with positions=0."
-        )
-    return rows.to(hidden.device).reshape(tokens)
 
 
 def site_index(
@@ -213,7 +197,12 @@ def site_index(
         BiasCompensationError: they are other tokens, so that their positions, or which of them
             are padding, are unknown.
     """
-    if _are_tokens(tokens, own):
+    if positions and len(tokens) == 2 and tokens != own.shape and tokens == own.shape[::-1]:
+        raise BiasCompensationError(
+            f"{name} gives tokens of shape {tuple(tokens)}, sequence after sequence in the last "
+            "dimension, so those of several would be mixed up. Compensate with positions=0."
+        )
+    if are_tokens(tokens, own):
         if context is not None and own.shape == context.shape:
             _require_equal(name, positions, own, context)
         return own

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
-from .arguments import hidden_output, hidden_states, moved
+from .arguments import hidden_output, hidden_states, moved, with_hidden
 from .blocks import Blocks
 from .calls import (
     Batch,
@@ -22,7 +22,13 @@ from .calls import (
     without_cache,
 )
 from .modules import copy_of, device_of
-from .positions import call_arguments, context_index, plain_index, token_index
+from .positions import (
+    call_arguments,
+    context_index,
+    parameter_names,
+    plain_index,
+    token_index,
+)
 
 
 @contextmanager
@@ -64,11 +70,7 @@ class _FirstBlock:
 
     def like(self, hidden: Tensor) -> Any:
         """What a block returns whose hidden states are ``hidden``."""
-        if isinstance(self.output, Tensor):
-            return hidden
-        values = (hidden, *self.output[1:])
-        kind = type(self.output)
-        return kind(*values) if hasattr(kind, "_fields") else kind(values)
+        return hidden if isinstance(self.output, Tensor) else with_hidden(self.output, hidden)
 
 
 def record_calls(
@@ -105,8 +107,9 @@ def _record(
         given = hidden_states(blocks.names[number], args, kwargs)
         added = None
         if record is None:
-            first.run(*args, **kwargs)
             block = model.get_submodule(blocks.names[number])
+            _require_one_stream(blocks.names[number], block, kwargs)
+            first.run(*args, **kwargs)
             record = BlockCalls(
                 given,
                 plain_index(given) if index is None else index,
@@ -136,6 +139,15 @@ def _record(
             "as images where they attend to images."
         )
     return record
+
+
+def _require_one_stream(name: str, block: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    first = parameter_names(type(block))[0]
+    if first in kwargs and first != "hidden_states":  # Reformer's reversible layers
+        raise BiasCompensationError(
+            f"{name} takes {first!r} before its hidden states, so it carries more than one stream; "
+            "such blocks cannot be compensated. Name others with blocks=..."
+        )
 
 
 def _require_next(blocks: Blocks, number: int, expected: int, same_shape: bool) -> None:

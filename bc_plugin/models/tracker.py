@@ -19,19 +19,25 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import BiasCompensationError
+from .call_tokens import ALONE, CallTokens, Surroundings
 from .forwards import ReplacedForward
 from .positions import first_input, parameter_names, plain_index, running_index, vector_rows
 
 OUTSIDE = "outside of a call"
 CHECKPOINT = "_gradient_checkpointing_func"  # what transformers checkpoints blocks with
 WAITING = "for the first block, since no argument of the model has tokens"
-Rows = Tensor | None  # None where all tokens use the last row
+LOST = (
+    "a part of a compensated model was run outside of the model's own forward, so the positions of "
+    "its tokens are unknown ({why}). Run the whole model, let gradient checkpointing take whole "
+    "blocks, or compensate with positions=0."
+)
+State = CallTokens | str  # or why there are no tokens
 
 
 class _Call(threading.local):
     """What a thread is at."""
 
-    rows: Any = OUTSIDE
+    state: State = OUTSIDE
 
 
 class PositionTracker:
@@ -43,7 +49,7 @@ class PositionTracker:
     def __init__(self, positions: int) -> None:
         self.positions = positions
         self.call = _Call()
-        self._seen: dict[StorageWeakRef, Rows] = {}
+        self._seen: dict[StorageWeakRef, CallTokens] = {}
         self._limit = 64
 
     def __reduce__(self) -> tuple:
@@ -51,17 +57,21 @@ class PositionTracker:
 
     # A call of the model, in this thread
 
-    def enter(self, index: Tensor | None) -> Any:
+    def enter(self, index: Tensor | None, around: Surroundings = ALONE) -> State:
         """A call begins; returns what ``leave`` is to be given.
 
         Args:
             index: Of each token in its sequence, (batch, length); None if the first block tells.
+            around: What is known of the tokens before these.
         """
-        return self.enter_with(WAITING if index is None else self.rows_for(index))
+        if index is None:
+            return self.enter_with(WAITING)
+        tokens = CallTokens(self._rows_for(index), index.shape, self.positions, around)
+        return self.enter_with(tokens)
 
-    def leave(self, before: Any) -> None:
+    def leave(self, before: State) -> None:
         """The call ends."""
-        self.call.rows = before
+        self.call.state = before
 
     @contextmanager
     def during(self, index: Tensor) -> Iterator[None]:
@@ -72,8 +82,7 @@ class PositionTracker:
         finally:
             self.leave(before)
 
-    def rows_for(self, index: Tensor) -> Rows:
-        """The rows of tokens of known indices."""
+    def _rows_for(self, index: Tensor) -> Tensor | None:
         rows = vector_rows(index, self.positions)
         # Decoding needs the shared row alone, and on a CPU looking costs nothing. Elsewhere it
         # would wait for the device; in a graph it would be a branch.
@@ -84,22 +93,30 @@ class PositionTracker:
     # What sites ask
 
     @property
-    def rows(self) -> Rows:
-        """The rows of the call that this thread is in.
+    def rows(self) -> Tensor | None:
+        """The rows of the call's own tokens; None where all use the last.
 
         Raises:
-            BiasCompensationError: it is in none, so that the positions of tokens are unknown.
+            BiasCompensationError: this thread is in no call, so that positions are unknown.
         """
-        if self.positions == 0:
-            return None
-        rows = self.state()
-        if isinstance(rows, str):
-            raise BiasCompensationError(
-                "a part of a compensated model was run outside of the model's own forward, so the "
-                f"positions of its tokens are unknown ({rows}). Run the whole model, let gradient "
-                "checkpointing take whole blocks, or compensate with positions=0."
-            )
-        return rows
+        return None if self.positions == 0 else self._tokens().rows
+
+    def rows_of(self, hidden: Tensor) -> Tensor | None:
+        """The rows of the tokens that a site gives, laid out like them.
+
+        Args:
+            hidden: (..., features).
+
+        Raises:
+            BiasCompensationError: the positions of its tokens are unknown.
+        """
+        return None if self.positions == 0 else self._tokens().rows_of(hidden)
+
+    def _tokens(self) -> CallTokens:
+        tokens = self.call.state
+        if isinstance(tokens, str):
+            raise BiasCompensationError(LOST.format(why=tokens))
+        return tokens
 
     # A block that may be run again
 
@@ -112,20 +129,20 @@ class PositionTracker:
         if len(self._seen) >= self._limit:
             self._seen = {key: r for key, r in self._seen.items() if not key.expired()}
             self._limit = 64 + 2 * len(self._seen)
-        self._seen[StorageWeakRef(hidden.untyped_storage())] = self.rows
+        self._seen[StorageWeakRef(hidden.untyped_storage())] = self._tokens()
 
-    def kept(self, hidden: Tensor) -> Any:
+    def kept(self, hidden: Tensor) -> State:
         """What ``keep`` remembered of this input."""
         return self._seen.get(StorageWeakRef(hidden.untyped_storage()), OUTSIDE)
 
-    def state(self) -> Any:
-        """The rows of the call that this thread is in, or why there are none."""
-        return self.call.rows
+    def state(self) -> State:
+        """The tokens of the call that this thread is in, or why there are none."""
+        return self.call.state
 
-    def enter_with(self, rows: Any) -> Any:
+    def enter_with(self, state: State) -> State:
         """``enter`` with what ``state`` gave before."""
         before = self.state()
-        self.call.rows = rows
+        self.call.state = state
         return before
 
 
@@ -141,7 +158,8 @@ class TrackedForward(ReplacedForward):
         """The module's own output."""
         arguments: Mapping[str, Any] = {**dict(zip(self.names, args, strict=False)), **kwargs}
         tracker = self.tracker
-        before = tracker.enter(running_index(arguments, tracker.positions))
+        index = running_index(arguments, tracker.positions)
+        before = tracker.enter(index, Surroundings.of(arguments))
         try:
             return self.plain(module, *args, **kwargs)
         finally:
@@ -158,14 +176,14 @@ class TrackedBlockForward(ReplacedForward):
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The block's own output."""
         tracker, hidden = self.tracker, first_input(args, kwargs)
-        rows = tracker.state()
-        if rows is OUTSIDE:
+        state = tracker.state()
+        if state is OUTSIDE:
             before = tracker.enter_with(tracker.kept(hidden))
             try:
                 return self.plain(module, *args, **kwargs)
             finally:
                 tracker.leave(before)
-        if rows is WAITING:
+        if state is WAITING:
             tracker.enter(plain_index(hidden))
         if (module.training or torch.is_grad_enabled()) and not torch.compiler.is_compiling():
             tracker.keep(hidden)
@@ -195,8 +213,8 @@ class CarryingCheckpoint:
         run = partial(self._run, self.tracker.state(), function)
         return self.checkpoint(run, *args, **kwargs)
 
-    def _run(self, rows: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        before = self.tracker.enter_with(rows)
+    def _run(self, state: State, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = self.tracker.enter_with(state)
         try:
             return function(*args, **kwargs)
         finally:

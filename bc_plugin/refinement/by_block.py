@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..models.blocks import Blocks, find_blocks
 from ..models.calls import BlockCalls
-from ..models.float_blocks import BlockSnapshot, float_blocks_of
+from ..models.float_blocks import BlockSnapshot, LiveBlocks, float_blocks_of
 from ..models.modules import device_of, dtype_of
 from ..models.predictions import next_token_log_probabilities
 from ..models.record import record_calls, skipped_blocks
@@ -55,12 +55,7 @@ def train_by_block(
     with tqdm(total=config.steps * len(blocks.names), desc="Refining blocks") as bar:
         for number, name in enumerate(blocks.names):
             block = copy_to_run(model.get_submodule(name)).eval()
-            with torch.no_grad(), source.load(name, device_of(block)) as reference:
-                dtype = dtype_of(reference)
-                targets = [
-                    calls.run(reference, number, device_of(block), dtype, lasting=True)
-                    for calls in stream
-                ]
+            targets = _targets(source, name, number, stream, device_of(block))
             own = _sites_within(block, name, compensation)
             tracker = PositionTracker(compensation.positions)
             trainer = _Block(block, number, stream, given, targets, dtype_of(model), tracker)
@@ -88,6 +83,20 @@ def train_by_block(
     if after < before:
         return Outcome(vectors, before, after, steps)
     return Outcome(dict(compensation.vectors), before, before, steps)
+
+
+@torch.no_grad()
+def _targets(
+    source: LiveBlocks | BlockSnapshot,
+    name: str,
+    number: int,
+    stream: list[BlockCalls],
+    device: torch.device,
+) -> list[Tensor]:
+    """What the float block gives, for each sequence."""
+    with source.load(name, device) as reference:
+        dtype = dtype_of(reference)
+        return [calls.run(reference, number, device, dtype, lasting=True) for calls in stream]
 
 
 class _Block:

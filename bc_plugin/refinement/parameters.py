@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from ..models.architectures import ARCHITECTURES
 from ..models.modules import device_of
-from ..models.positions import rows_of
 from ..models.tracker import PositionTracker
 from ..vectors.attach import CompensatedForward
 from ..vectors.compensation import Compensation
@@ -51,7 +50,7 @@ class TrainedForward(CompensatedForward):
         if rows is None:
             return (hidden + vectors[-1]).to(hidden.dtype)
         # A product, since indexing has a slow backward pass.
-        chosen = functional.one_hot(rows_of(rows, hidden), len(vectors)).to(vectors.dtype)
+        chosen = functional.one_hot(rows, len(vectors)).to(vectors.dtype)
         return (hidden + chosen @ vectors).to(hidden.dtype)
 
 

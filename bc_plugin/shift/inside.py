@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ..models.calls import BlockCalls
 from ..models.mixers import convolved_linears
 from ..models.modules import alongside, device_of, dtype_of, gives_features
 from ..models.tracker import PositionTracker
+from ..vectors.attach import AttachedSite
 from .rescaling import Rescaling
 from .statistics import Site
 
@@ -67,23 +69,29 @@ def measure_block(
     name: str,
     number: int,
     quantized: nn.Module,
+    vectors: Mapping[str, Tensor],
     stream: Sequence[BlockCalls],
+    positions: int,
     references: Sequence[Tensor],
-    tracker: PositionTracker,
     dtype: torch.dtype,
 ) -> Site:
     """Run the quantized block, with its linears compensated, on the float stream.
 
     Args:
+        vectors: Of the block's linears, by path within it, (positions + 1, features) each.
+        positions: Number of leading positions with a vector of their own.
         references: What the float block gives, one for each call.
-        tracker: Of the vectors in place.
     """
-    site = Site(name, "block", tracker.positions)
-    for calls, reference in zip(stream, references, strict=True):
-        with tracker.during(calls.index):
-            output = calls.run(quantized, number, reference.device, dtype)
-        check_finite(output, name, "quantized")
-        site.update(calls, reference, output)
+    site, tracker = Site(name, "block", positions), PositionTracker(positions)
+    with ExitStack() as attached:
+        for path, own in vectors.items():
+            linear = AttachedSite(quantized.get_submodule(path), own, tracker, dtype)
+            attached.callback(linear.detach)
+        for calls, reference in zip(stream, references, strict=True):
+            with tracker.during(calls.index):
+                output = calls.run(quantized, number, reference.device, dtype)
+            check_finite(output, name, "quantized")
+            site.update(calls, reference, output)
     return site
 
 

@@ -16,6 +16,10 @@ NOTHING_COMPARABLE = (
     "no linear that was quantized has an output that can be compared. Add 'block' to the sites: "
     "the vectors of the blocks stand for them."
 )
+SEVERAL_LISTS = (
+    "{} has {} lists of blocks: {}. Their tokens are different ones, in different numbers, and no "
+    "class token leads all of them, so positions={!r} has no meaning; use positions=0."
+)
 RESCALED = (
     "some of the quantized model's norms and linears give other outputs than the float model's: "
     "scales were moved or weights rotated within its blocks, as AWQ and SpinQuant do, or it was "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -16,13 +15,11 @@ from ..models.blocks import Blocks
 from ..models.calls import BlockCalls
 from ..models.float_blocks import BlockSnapshot
 from ..models.modules import device_of, dtype_of, stored_tensors
-from ..models.tracker import PositionTracker
 from ..shift.inside import check_finite, measure_block, measure_linears
 from ..shift.rescaling import Rescaling
 from ..shift.settle import settle
 from ..shift.sites import linear_sites
 from ..shift.statistics import Site
-from ..vectors.attach import AttachedSite
 
 AsQuantized = Callable[[str, nn.Module], nn.Module]
 
@@ -129,27 +126,14 @@ class Rehearsal:
         if missing:
             self.waiting[name] = missing
         if "block" in self.config.sites:
-            kept = [site for site in sites if site.name in reached]
-            self._measure_block(number, name, quantized, kept, calls, outputs)
+            own = {
+                site.name.removeprefix(f"{name}."): settle(site, self.config, self.dtype)[0]
+                for site in sites
+                if site.name in reached
+            }
+            stream = [calls], self.positions
+            measure_block(name, number, quantized, own, *stream, outputs, self.dtype)
         return outputs[0]
-
-    def _measure_block(
-        self,
-        number: int,
-        name: str,
-        quantized: nn.Module,
-        linears: Sequence[Site],
-        calls: BlockCalls,
-        outputs: Sequence[Tensor],
-    ) -> None:
-        tracker = PositionTracker(self.positions)
-        with ExitStack() as attached:
-            for site in linears:
-                module = quantized.get_submodule(site.name.removeprefix(f"{name}."))
-                vectors, _ = settle(site, self.config, self.dtype)
-                in_place = AttachedSite(module, vectors, tracker, self.dtype)
-                attached.callback(in_place.detach)
-            measure_block(name, number, quantized, [calls], outputs, tracker, self.dtype)
 
 
 def _kind(block: nn.Module) -> tuple:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
+from ..models.arguments import with_hidden
 from ..models.blocks import find_block_lists
 from ..models.forwards import ReplacedForward
 from ..models.modules import device_of, dtype_of
-from ..models.positions import rows_of
 from ..models.tracker import PositionTracker, Tracking
 from ..names import KEY
 from .contents import Contents
@@ -111,22 +111,24 @@ class CompensatedForward(ReplacedForward):
         output = self.plain(module, *args, **kwargs)
         if self.undone:
             return output
-        rows = None if self.tracker.call.rows is None else self.tracker.rows
+        alone = isinstance(output, Tensor)
+        hidden = output if alone else output[0]
+        rows = self.tracker.rows_of(hidden)
         if rows is None and self.shared_is_merged:
             return output
-        if isinstance(output, tuple):
-            return (self._add(module, output[0], rows), *output[1:])
-        return self._add(module, output, rows)
+        added = self._add(module, hidden, rows)
+        return added if alone else with_hidden(output, added)
 
     def _add(self, module: nn.Module, hidden: Tensor, rows: Tensor | None) -> Tensor:
         vectors = module._buffers[KEY]
         if rows is None:
-            return (hidden + self._shared(vectors, hidden)).to(hidden.dtype)
+            added = hidden + self._shared(vectors, hidden)
+            return added if added.dtype == hidden.dtype else added.to(hidden.dtype)
         vectors = vectors.to(hidden.device)
         if self.shared_is_merged:
             wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
             vectors = wide - wide[-1]
-        return hidden + vectors.to(hidden.dtype)[rows_of(rows, hidden)]
+        return hidden + vectors.to(hidden.dtype)[rows]
 
     def _shared(self, vectors: Tensor, hidden: Tensor) -> Tensor:
         """The last row, where and as it is added; made once, since single tokens are decoded fast.

@@ -95,7 +95,7 @@ def _examined(architecture: str) -> dict[str, Any]:
         with torch.no_grad():
             model(**token_batches(1)[0])
     except Exception as error:
-        return {"not run": f"{type(error).__name__}: {error}"[:200]}
+        return {NOT_RUN: f"{type(error).__name__}: {error}"[:200]}
     quantized = crudely_quantized(model)
     found = {}
     for positions in POSITIONS:
@@ -126,8 +126,39 @@ def examined(architecture: str) -> dict[str, Any]:
             worker.kill()
             worker.join()
         if not path.exists():
-            path.write_text(json.dumps({"not run": f"ended with {worker.exitcode}"}))
+            path.write_text(json.dumps({NOT_RUN: f"ended with {worker.exitcode}"}))
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _reason(why: str) -> str:
+    """Of an error, what is no name or shape of this one model, so that like cases meet."""
+    return re.sub(r"\S*\.\d+\S*", "a site", why).split("; ")[0].split(". ")[0].rstrip(".")
+
+
+def outcome(found: dict[str, Any]) -> str:
+    """In words, for the table."""
+    if NOT_RUN in found:
+        return f"not run: {found[NOT_RUN]}"
+    both = [found[str(positions)] for positions in POSITIONS]
+    if any(one["outcome"] == WRONG for one in both):
+        return WRONG
+    if both[0]["outcome"] == REFUSED:
+        return f"refused: {_reason(both[0]['why'])}"
+    if both[1]["outcome"] == REFUSED:
+        return f"positions=0 alone: {_reason(both[1]['why'])}"
+    checked = all(found["1"][check] == "same" for check in ("decoding", "padding"))
+    return WORKS if checked else f"{WORKS}; cannot decode or be padded alike by itself"
+
+
+def table(all_found: dict[str, dict[str, Any]]) -> str:
+    """Markdown: what came of how many, and which."""
+    types: dict[str, list[str]] = {}
+    for architecture, found in all_found.items():
+        types.setdefault(outcome(found), []).append(f"`{architecture}`")
+    rows = sorted(types.items(), key=lambda row: (-len(row[1]), row[0]))
+    lines = ["| | types | |", "|---|---|---|"]
+    lines += [f"| {what} | {len(names)} | {', '.join(names)} |" for what, names in rows]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -138,8 +169,11 @@ def main() -> None:
     if options.again:
         for architecture in options.only:
             (FOLDER / f"{architecture}.json").unlink(missing_ok=True)
+    all_found = {}
     for architecture in options.only:
-        print(architecture, json.dumps(examined(architecture)), flush=True)
+        all_found[architecture] = examined(architecture)
+        print(architecture, json.dumps(all_found[architecture]), flush=True)
+    print(table(all_found))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers.deepstack import TEXT, filled, with_deepstack, with_images
 from helpers.images import mean_shifts
 from helpers.language import VOCABULARY, crudely_quantized, tiny_model, token_batches
 from torch import nn
@@ -12,8 +13,6 @@ from transformers import (
     AlbertModel,
     AutoConfig,
     AutoModelForCausalLM,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
 )
 
 import bc_plugin
@@ -23,20 +22,6 @@ from bc_plugin.models.float_blocks import BlockSnapshot
 from bc_plugin.models.record import record_calls
 
 EXACT = {"positions": 0, "dtype": "float64", "held_out": 0, "batch_tokens": 1}
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "vocab_size": VOCABULARY,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-IMAGE, START, END = 90, 92, 93
 # The last two layers take keys and values from those before them.
 SHARED = {
     "num_hidden_layers": 5,
@@ -50,54 +35,9 @@ SHARED = {
 }
 
 
-def filled(model):
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "norm" not in name and parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.2)
-    return model.eval().double()
-
-
 def sharing_caches():
     config = AutoConfig.for_model("gemma4_text", **{**TEXT, **SHARED}, global_head_dim=8)
     return filled(AutoModelForCausalLM.from_config(config))
-
-
-def with_deepstack():
-    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
-    vision = {
-        **{"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4},
-        **{"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2},
-        **{"out_hidden_size": 32, "num_position_embeddings": 16},
-        "deepstack_visual_indexes": [0, 1],
-    }
-    config = Qwen3VLConfig(
-        text_config={**TEXT, "rope_parameters": {**rope, "mrope_interleaved": True}},
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=91,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-    )
-    return filled(Qwen3VLForConditionalGeneration(config))
-
-
-def with_images(count=3):
-    batches = []
-    for seed in range(count):
-        generator = torch.Generator().manual_seed(seed)
-        words = torch.randint(3, 80, (8,), generator=generator).tolist()
-        ids = torch.tensor([[5, 6, START, *[IMAGE] * 4, END, *words]])
-        batches.append(
-            {
-                "input_ids": ids,
-                "attention_mask": torch.ones_like(ids),
-                "pixel_values": torch.randn(16, 3 * 2 * 4 * 4, generator=generator).double(),
-                "image_grid_thw": torch.tensor([[1, 4, 4]]),
-                "mm_token_type_ids": (ids == IMAGE).int(),
-            }
-        )
-    return batches
 
 
 class Between(nn.Module):

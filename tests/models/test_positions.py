@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from bc_plugin import BiasCompensationError
-from bc_plugin.models.positions import rows_of, token_index, vector_rows
+from bc_plugin.models.call_tokens import rows_of
+from bc_plugin.models.positions import token_index, vector_rows
 
 
 class _Cache:
