@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..errors import BiasCompensationError
 from ..models.arguments import with_hidden
@@ -120,31 +121,32 @@ class CompensatedForward(ReplacedForward):
         return added if alone else with_hidden(output, added)
 
     def _add(self, module: nn.Module, hidden: Tensor, rows: Tensor | None) -> Tensor:
-        vectors = module._buffers[KEY]
-        if rows is None:
-            added = hidden + self._shared(vectors, hidden)
-            return added if added.dtype == hidden.dtype else added.to(hidden.dtype)
+        shared, table = self._ready(module._buffers[KEY], hidden)
+        added = hidden + (shared if rows is None else functional.embedding(rows, table))
+        return added if added.dtype == hidden.dtype else added.to(hidden.dtype)
+
+    def _ready(self, vectors: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The last row, and all rows, where and as they are added to ``hidden``.
+
+        Made once, since single tokens are decoded fast, and kept as one tuple, so that threads see
+        all of it or nothing.
+        """
+        if torch.compiler.is_compiling():
+            return self._make(vectors, hidden)
+        version = 0 if vectors.is_inference() else vectors._version
+        made_of, made_for, ready = self.made
+        if made_of is not vectors or made_for != (version, hidden.dtype, hidden.device):
+            ready = self._make(vectors.detach().clone(), hidden)
+            self.made = (vectors, (version, hidden.dtype, hidden.device), ready)
+        return ready
+
+    def _make(self, vectors: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         vectors = vectors.to(hidden.device)
+        shared = vectors[-1].to(torch.promote_types(vectors.dtype, hidden.dtype))
         if self.shared_is_merged:
             wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
             vectors = wide - wide[-1]
-        return hidden + vectors.to(hidden.dtype)[rows]
-
-    def _shared(self, vectors: Tensor, hidden: Tensor) -> Tensor:
-        """The last row, where and as it is added; made once, since single tokens are decoded fast.
-
-        One tuple, so that threads see all of it or nothing.
-        """
-        if torch.compiler.is_compiling():
-            return vectors[-1].to(hidden.device)
-        version = 0 if vectors.is_inference() else vectors._version
-        made_of, made_for, shared = self.made
-        if made_of is not vectors or made_for != (version, hidden.dtype, hidden.device):
-            made_for = (version, hidden.dtype, hidden.device)
-            dtype = torch.promote_types(vectors.dtype, hidden.dtype)
-            shared = vectors[-1].detach().to(hidden.device, dtype, copy=True)
-            self.made = (vectors, made_for, shared)
-        return shared
+        return shared, vectors.to(hidden.dtype)
 
 
 class CompensatedConvolution(ReplacedForward):
