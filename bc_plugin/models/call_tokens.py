@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BiasCompensationError
-from .positions import CACHES, are_tokens, past_length, vector_rows
+from .positions import CACHES, are_tokens, is_packed, past_length, vector_rows
 
 WINDOWS = ", as in windowed or cross-attention"
 
@@ -43,7 +43,8 @@ class Surroundings:
             arguments: What the module that holds the blocks is called with, by name.
         """
         has_cache = any(arguments.get(name) is not None for name in CACHES)
-        cached = past_length(arguments) if has_cache else None
+        # The cache of several sequences at once gives their tokens in an order of its own.
+        cached = past_length(arguments) if has_cache and not is_packed(arguments) else None
         kept = arguments.get("logits_to_keep")
         return cls(
             cached.clone() if isinstance(cached, Tensor) else cached,  # a cache counts in place

@@ -59,6 +59,14 @@ def past_length(arguments: Mapping[str, Any]) -> int | Tensor | None:
     return 0
 
 
+def is_packed(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call says where its sequences begin, one behind the other, without padding.
+
+    So does continuous batching, whose masks have the tokens of a cache in an order of its own.
+    """
+    return arguments.get("cu_seq_lens_q") is not None and arguments.get("position_ids") is not None
+
+
 def _from_mask(mask: Any, length: int, past: int | Tensor) -> Tensor | None:
     """Index of each token in its sequence, -1 for padding, from a 2D or 4D attention mask."""
     if isinstance(mask, Mapping):  # one mask per kind of layer
@@ -161,6 +169,8 @@ def _index(arguments: Mapping[str, Any], past: int | Tensor | None) -> Tensor | 
     if ids.dim() == 3:  # multimodal rotary positions: (axes, batch, length)
         ids = ids[0]
     index = ids.to(torch.int64).expand(batch, length)
+    if is_packed(arguments):
+        return index
     by_mask = _from_mask(mask, length, past)
     if by_mask is not None:
         index = torch.minimum(index, by_mask.to(index.device).expand(batch, length))

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers.language import VOCABULARY, crudely_quantized, token_batches
+from helpers.language import VOCABULARY, crudely_quantized, tiny_model, token_batches
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 import bc_plugin
 from bc_plugin import BiasCompensationError
@@ -74,6 +74,34 @@ def _padded(pad):
     mask = torch.ones_like(ids)
     ids[:, :pad] = mask[:, :pad] = 0
     return ids, mask
+
+
+def test_continuous_batching_equals_generate():
+    model = compensated(tiny_model())
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    prompts = [token_batches(1, length=n, seed=n)[0]["input_ids"] for n in (14, 7)]
+    alone = {
+        tuple(ids[0].tolist()): model.generate(ids, **settings)[0, ids.shape[1] :].tolist()
+        for ids in prompts
+    }
+    config = GenerationConfig(**settings, eos_token_id=-1, pad_token_id=0)
+    found = model.generate_batch([ids[0].tolist() for ids in prompts], generation_config=config)
+    for answer in found.values():
+        assert answer.generated_tokens == alone[tuple(answer.prompt_ids)]
+
+
+def test_the_cache_of_several_sequences_is_not_taken_for_that_of_one():
+    model = compensated(random_model("deepseek_v3", LATENT))
+    ids, cache = token_batches(1, length=9)[0]["input_ids"], DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        with pytest.raises(BiasCompensationError, match="a site gives tokens of shape"):
+            model(
+                ids[:, :1],
+                past_key_values=cache,
+                position_ids=torch.tensor([[9]]),
+                cu_seq_lens_q=torch.tensor([0, 1]),
+            )
 
 
 def test_fewer_tokens_than_asked_for_are_refused():
