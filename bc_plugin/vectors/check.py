@@ -11,22 +11,22 @@ from torch import Tensor, nn
 from ..errors import BiasCompensationError
 from ..models.blocks import find_block_lists
 from ..models.modules import plain_part, stored_tensors
-from ..models.offloaded import require_in_memory
+from ..models.offloaded import stored_value
 from ..names import KEY
 from .contents import Contents
 
 SAMPLES = 1024  # values read per tensor: a requantized weight differs in a large share of them
 
 
-def _weights(module: nn.Module) -> dict[str, Tensor]:
+def _weights(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """The largest stored matrix of every submodule that has one: its weight, packed or not."""
-    largest: dict[str, Tensor] = {}
+    largest: dict[str, tuple[str, Tensor]] = {}
     for name, tensor in stored_tensors(module):
         owner, _, leaf = name.rpartition(".")
         if tensor.dim() < 2 or leaf == KEY:
             continue
-        if owner not in largest or tensor.nbytes > largest[owner].nbytes:
-            largest[owner] = tensor
+        if owner not in largest or tensor.nbytes > largest[owner][1].nbytes:
+            largest[owner] = name, tensor
     return largest
 
 
@@ -47,16 +47,14 @@ def weights_digest(model: nn.Module, lists: Iterable[str], sites: Iterable[str] 
         sites: Names of the sites with vectors.
 
     Raises:
-        BiasCompensationError: some of these weights are offloaded.
+        BiasCompensationError: some of these weights are offloaded, and not by accelerate.
     """
     digest = hashlib.blake2b(digest_size=16)
-    holders = _holders(list(lists), sites)
-    require_in_memory(model, holders)
-    for path in holders:
+    for path in _holders(list(lists), sites):
         weights = _weights(model.get_submodule(path))
-        packed = {name: w for name, w in weights.items() if not w.is_floating_point()}
-        for name, weight in sorted((packed or weights).items()):
-            flat = plain_part(weight.detach()).reshape(-1)
+        packed = {n: found for n, found in weights.items() if not found[1].is_floating_point()}
+        for name, (stored, weight) in sorted((packed or weights).items()):
+            flat = plain_part(stored_value(model, f"{path}.{stored}")).reshape(-1)
             step = max(1, flat.numel() // SAMPLES)
             sample = flat[::step].contiguous().cpu().view(torch.uint8)
             digest.update(f"{name} {tuple(weight.shape)}".encode())

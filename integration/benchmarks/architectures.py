@@ -132,13 +132,14 @@ def examined(architecture: str) -> dict[str, Any]:
 
 def _reason(why: str) -> str:
     """Of an error, what is no name or shape of this one model, so that like cases meet."""
-    return re.sub(r"\S*\.\d+\S*", "a site", why).split("; ")[0].split(". ")[0].rstrip(".")
+    why = re.sub(r"'?[\w.]*[a-z]\.\d+[\w.]*'?", "a site", why.split("\n")[0])
+    return why.split("; ")[0].split(". ")[0].rstrip(".:")
 
 
 def outcome(found: dict[str, Any]) -> str:
     """In words, for the table."""
     if NOT_RUN in found:
-        return f"not run: {found[NOT_RUN]}"
+        return f"not run: {_reason(found[NOT_RUN])}"
     both = [found[str(positions)] for positions in POSITIONS]
     if any(one["outcome"] == WRONG for one in both):
         return WRONG

@@ -47,11 +47,23 @@ def test_its_blocks_are_not_kept_for_a_toolkit(pair):
         BlockSnapshot(_offloaded(pair[0]), find_blocks(pair[0]))
 
 
-def test_attaching_says_what_to_do(pair):
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_vectors_are_attached_to_an_offloaded_model(pair, tmp_path, offload):
     model, quantized = pair
     found = bc_plugin.compensate(quantized, model, token_batches())
-    with pytest.raises(BiasCompensationError, match="it may be offloaded afterwards"):
-        found.attach(_offloaded(quantized))
+    whole = copy.deepcopy(quantized)
+    found.attach(whole)
+    if offload == "cpu":
+        offloaded = _offloaded(quantized)
+    else:
+        offloaded = accelerate.disk_offload(copy.deepcopy(quantized), tmp_path, CPU)
+    found.attach(offloaded)
+    batch = token_batches(1, seed=3)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(offloaded(**batch).logits, whole(**batch).logits)
+    other = crudely_quantized(model, step=0.1)
+    with pytest.raises(BiasCompensationError, match="digest"):
+        found.attach(_offloaded(other))
 
 
 @pytest.mark.parametrize("positions", [0, 1])
