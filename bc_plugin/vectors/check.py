@@ -14,8 +14,7 @@ from ..models.modules import plain_part, stored_tensors
 from ..models.offloaded import stored_value
 from ..names import KEY
 from .contents import Contents
-
-SAMPLES = 1024  # values read per tensor: a requantized weight differs in a large share of them
+from .fingerprint import fingerprint
 
 
 def _weights(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
@@ -37,7 +36,7 @@ def _holders(lists: list[str], sites: Iterable[str]) -> list[str]:
 
 
 def weights_digest(model: nn.Module, lists: Iterable[str], sites: Iterable[str] = ()) -> str:
-    """BLAKE2b over names, shapes and evenly spaced values of the weights that vectors belong to.
+    """BLAKE2b over names, shapes and all bytes of the weights that vectors belong to.
 
     Packed integer weights are stored alike by every loader, so where there are any only those
     count; floating ones may be cast on the way.
@@ -54,11 +53,8 @@ def weights_digest(model: nn.Module, lists: Iterable[str], sites: Iterable[str] 
         weights = _weights(model.get_submodule(path))
         packed = {n: found for n, found in weights.items() if not found[1].is_floating_point()}
         for name, (stored, weight) in sorted((packed or weights).items()):
-            flat = plain_part(stored_value(model, f"{path}.{stored}")).reshape(-1)
-            step = max(1, flat.numel() // SAMPLES)
-            sample = flat[::step].contiguous().cpu().view(torch.uint8)
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(sample.numpy().tobytes())
+            value = plain_part(stored_value(model, f"{path}.{stored}"))
+            digest.update(f"{name} {tuple(weight.shape)} {fingerprint(value)}".encode())
     return digest.hexdigest()
 
 
