@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from ..errors import BiasCompensationError
-from .positions import CACHES, are_tokens, is_packed, past_length, vector_rows
+from .masks import attended, index_among
+from .positions import (
+    CACHES,
+    are_tokens,
+    is_packed,
+    past_length,
+    vector_rows,
+)
 
 WINDOWS = ", as in windowed or cross-attention"
 
@@ -112,8 +119,7 @@ class CallTokens:
         index = (torch.arange(given[-1], device=device) + forgotten)[None]
         real = self._real(hidden)
         if real is not None:
-            among_real = (real.to(torch.int64).cumsum(-1) - 1).masked_fill(~real, -1)
-            index = among_real[:, index[0].clamp(max=real.shape[-1] - 1)]
+            index = index_among(real)[:, index[0].clamp(max=real.shape[-1] - 1)]
         return vector_rows(index, self.positions).expand(given[0], -1).reshape(given)
 
     def _real(self, hidden: Tensor) -> Tensor | None:
@@ -125,8 +131,8 @@ class CallTokens:
                 raise _other_tokens(hidden.shape[:-1], self.shape, " behind a mask of windows")
         if mask is None:
             return None
-        if mask.dim() == 4:  # (batch, heads, query, key), True or 0 where attended
-            mask = (mask if mask.dtype == torch.bool else mask == 0)[:, 0].any(-2)
+        if mask.dim() == 4:
+            mask = attended(mask).any(-2)
         return mask.to(hidden.device) != 0
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
+from .masks import attended, index_from_mask
 
 INPUTS = ("input_ids", "inputs_embeds", "hidden_states")
 CACHES = ("past_key_values", "cache_params", "state")
@@ -67,34 +68,6 @@ def is_packed(arguments: Mapping[str, Any]) -> bool:
     return arguments.get("cu_seq_lens_q") is not None and arguments.get("position_ids") is not None
 
 
-def _from_mask(mask: Any, length: int, past: int | Tensor) -> Tensor | None:
-    """Index of each token in its sequence, -1 for padding, from a 2D or 4D attention mask."""
-    if isinstance(mask, Mapping):  # one mask per kind of layer
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if not isinstance(mask, Tensor):
-        return None
-    if mask.dim() == 2:
-        columns = torch.arange(length, device=mask.device) + past
-        if mask.shape[1] < length:
-            raise BiasCompensationError(
-                f"attention_mask has {mask.shape[1]} columns for {length} tokens; expected one "
-                "column per token, past tokens included."
-            )
-        real = mask != 0
-        # Not of booleans, which ONNX cannot sum up.
-        index = (real.to(torch.int64).cumsum(-1) - 1).masked_fill(~real, -1)
-        return index[:, columns.clamp(max=mask.shape[1] - 1)]
-    if mask.dim() == 4:  # (batch, heads, query, key), True or 0 where attended
-        seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
-        columns = torch.arange(length, device=mask.device) + past
-        keys = torch.arange(seen.shape[-1], device=mask.device)
-        # Encoders attend to later tokens, too, and padding attends to what it is not part of.
-        index = (seen & (keys <= columns[:, None])).to(torch.int64).sum(-1) - 1
-        real = seen.any(-2)[:, columns.clamp(max=len(keys) - 1)]
-        return index.masked_fill(~real, -1)
-    return None
-
-
 def context_index(arguments: Mapping[str, Any]) -> Tensor | None:
     """Index of every token that a block attends to beside its own, as a decoder to its encoder's.
 
@@ -109,9 +82,9 @@ def context_index(arguments: Mapping[str, Any]) -> Tensor | None:
         return None
     if mask is None:
         return plain_index(context)
-    if mask.dim() == 4:  # (batch, heads, query, key), as in ``_from_mask``
-        mask = (mask if mask.dtype == torch.bool else mask == 0)[:, 0].any(1)
-    index = _from_mask(mask, context.shape[1], 0)
+    if mask.dim() == 4:
+        mask = attended(mask).any(1)
+    index = index_from_mask(mask, context.shape[1], 0)
     return index.expand(context.shape[:2])
 
 
@@ -171,7 +144,7 @@ def _index(arguments: Mapping[str, Any], past: int | Tensor | None) -> Tensor | 
     index = ids.to(torch.int64).expand(batch, length)
     if is_packed(arguments):
         return index
-    by_mask = _from_mask(mask, length, past)
+    by_mask = index_from_mask(mask, length, past)
     if by_mask is not None:
         index = torch.minimum(index, by_mask.to(index.device).expand(batch, length))
     return index

@@ -23,8 +23,8 @@ def fingerprint(tensor: Tensor) -> int:
     size = ROWS * ROW * WORD
     for number, start in enumerate(range(0, len(data), size)):
         part = data[start : start + size]
-        part = functional.pad(part, (0, -len(part) % (ROW * WORD)))
-        words = part.clone().view(torch.int64).view(-1, ROW)
+        padded = functional.pad(part, (0, -len(part) % (ROW * WORD)))  # a copy, so it is aligned
+        words = padded.view(torch.int64).view(-1, ROW)
         rows = _odd_numbers(ROW + number * ROWS, len(words), data.device)
         total += ((words * columns).sum(-1) * rows).sum()
     return int(total)

@@ -14,27 +14,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from helpers.language import crudely_quantized, tiny_model, token_batches
+from helpers.vectors import compensated
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import bc_plugin
 
-
-def compensated(positions: int | None) -> nn.Module:
-    """A tiny model; its leading vectors matter much, so that a wrong row is seen."""
+def subject(positions: int | None) -> nn.Module:
+    """A tiny model."""
     torch.manual_seed(0)
     float_model = tiny_model(num_hidden_layers=6)
-    model = crudely_quantized(float_model)
     if positions is None:
-        return model
-    compensation = bc_plugin.compensate(
-        model, float_model, token_batches(), {"positions": positions, "held_out": 0}
-    )
-    for vectors in compensation.vectors.values():
-        vectors[:-1] += 0.5 * torch.randn(vectors[:-1].shape).to(vectors.dtype)
-    compensation.attach(model)
-    return model
+        return crudely_quantized(float_model)
+    return compensated(float_model, positions)
 
 
 def answer(model: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +79,7 @@ def main() -> None:
     table = Table("positions", "answers", "wrong", "raised")
     table.title = f"{given.threads} threads, {given.seconds:.0f} s each"
     for positions in (None, 0, 1):
-        model = compensated(positions)
+        model = subject(positions)
         counts = count(model, given.threads, given.seconds)
         table.add_row("no vectors" if positions is None else str(positions), *map(str, counts))
     Console().print(table)

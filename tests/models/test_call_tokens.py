@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.language import VOCABULARY, crudely_quantized, tiny_model, token_batches
+from helpers.vectors import compensated
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
@@ -33,17 +34,6 @@ def random_model(kind, settings):
         if parameter.dim() > 1 and "norm" not in name:
             nn.init.normal_(parameter, std=0.3)
     return model
-
-
-def compensated(model, batches=None, positions=1):
-    """With leading rows so large that a token in another's row is seen."""
-    quantized = crudely_quantized(model)
-    config = {"positions": positions, "held_out": 0, "batch_tokens": 1}
-    compensation = bc_plugin.compensate(quantized, model, batches or token_batches(), config)
-    for vectors in compensation.vectors.values():
-        vectors[:-1] += 0.5 * torch.randn(vectors[:-1].shape).to(vectors.dtype)
-    compensation.attach(quantized)
-    return quantized
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

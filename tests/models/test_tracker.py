@@ -6,29 +6,18 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.language import VOCABULARY, crudely_quantized, tiny_model, token_batches
+from helpers.language import VOCABULARY, tiny_model, token_batches
+from helpers.vectors import compensated
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation
 
 STATE_SPACE = {
     "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2},
     "rwkv": {"attention_hidden_size": 32},
 }
-
-
-def compensated(model, positions=1):
-    quantized = crudely_quantized(model)
-    config = {"positions": positions, "held_out": 0}
-    compensation = bc_plugin.compensate(quantized, model, token_batches(), config)
-    # Make leading positions matter a lot, so that a token in the wrong row is seen.
-    for vectors in compensation.vectors.values():
-        vectors[:-1] += 0.5 * torch.randn(vectors[:-1].shape).to(vectors.dtype)
-    compensation.attach(quantized)
-    return quantized
 
 
 def test_threads_do_not_see_each_others_calls():
