@@ -18,6 +18,7 @@ from .models.blocks import find_block_lists, find_blocks
 from .models.float_blocks import BlockSnapshot, float_blocks_of
 from .models.modules import copy_of, device_of, dtype_of, evaluating
 from .models.offloaded import require_in_memory
+from .models.repacked import require_as_stored
 from .names import KEY
 from .shift.inside import measure_block, measure_linears
 from .shift.messages import (
@@ -40,10 +41,10 @@ from .shift.sites import (
     sites_outside,
 )
 from .shift.statistics import Site
-from .vectors.check import weights_digest
 from .vectors.compensation import Compensation
 from .vectors.contents import SiteErrors
 from .vectors.joint import joint_linears, require_linears
+from .vectors.weights import are_kept, weights_of
 
 
 def compensate(
@@ -142,6 +143,7 @@ class _Pass:
         self.errors: dict[str, SiteErrors] = {}
         self.changed = self.rescaled = False
         self.experts: list[str] = []
+        self.kernels: set[type] = set()
 
     def run(self) -> Compensation:
         """Compensate what is outside of the blocks, then block after block."""
@@ -166,14 +168,16 @@ class _Pass:
         if self.rescaled:
             warnings.warn(RESCALED, stacklevel=4)
         require_linears(self.joint, self.vectors, "pass the float model that they were made from.")
+        weights = weights_of(self.model, self.paths, self.vectors)
         return Compensation(
             vectors=self.vectors,
             kinds=self.kinds,
             errors=self.errors,
             positions=self.positions,
             blocks=self.paths,
-            digest=weights_digest(self.model, self.paths, self.vectors),
+            digest=weights.digest,
             joint=bool(self.joint),
+            float_weights=weights.float_weights,
         )
 
     def _compensate_outside(self) -> None:
@@ -204,6 +208,8 @@ class _Pass:
     def _compensate_block(self, number: int, name: str) -> None:
         """A block's linears, then the block itself with those in place."""
         quantized = self.copy_to_run(self.model.get_submodule(name))
+        if not are_kept(self.model):
+            require_as_stored(self.model.get_submodule(name), name, quantized, self.kernels)
         moved = self.rescalings.get(name, Rescaling())
         with self.source.load(name, device_of(quantized)) as reference:
             changed = linear_sites(reference, quantized)

@@ -16,6 +16,7 @@ from bc_plugin.toolkits.joint import centred_inputs, weight_of
 from bc_plugin.toolkits.load import attach_around, files_read, read_compensation
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, is_running, run_compensated
+from bc_plugin.toolkits.save import saved_whole
 from bc_plugin.vectors.checkpoint import read_settings
 
 # Config
@@ -101,7 +102,14 @@ def _find_params(wrapped, quantizer, args, kwargs):
         quantizer.scale[wraps] *= quantizer.maxq / (quantizer.maxq - 1)
 
 
-# Saving: nothing to do, it writes the model's state dict and the config's to_dict
+# Saving
+
+
+def _save_quantized(wrapped, gptq, args, kwargs):
+    gptq.quantize_config = config_of(gptq.model, gptq.quantize_config)
+    with saved_whole(gptq.model, argument("save_dir", 0, args, kwargs)):
+        return wrapped(*args, **kwargs)
+
 
 # Loading
 
@@ -164,6 +172,7 @@ AUTO_GPTQ = Toolkit(
         Patch(f"{GPTQ}.fasterquant", _fasterquant),
         Patch(f"{QUANTIZER}.find_params", _find_params),
     ),
+    saving=(Patch(f"{MODEL}.save_quantized", _save_quantized, ("save_dir",)),),
     loading=(
         Patch(f"{MODEL}.from_quantized", _from_quantized, ("model_name_or_path",)),
         Patch(f"{BASE}:get_checkpoints", _get_checkpoints, ("model_name_or_path",)),

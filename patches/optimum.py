@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 from itertools import chain
-from pathlib import Path
 
 from bc_plugin.models.modules import device_of
 from bc_plugin.names import KEY
@@ -14,6 +12,7 @@ from bc_plugin.toolkits.flag import asked_by, is_entry, set_flag
 from bc_plugin.toolkits.load import attach_held, hold_for
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
+from bc_plugin.toolkits.save import saved_whole
 from bc_plugin.vectors import Compensation
 
 # Config
@@ -65,12 +64,8 @@ def _save(wrapped, quantizer, args, kwargs):
         # Optimum writes the zero points of a symmetric model in the older format, and leaves the
         # newer one's name in config.json, so that loaders would misread them.
         config["format"] = "gptq"
-    result = wrapped(*args, **kwargs)
-    # The model's config.json has its entry; the quantizer may have quantized other models since.
-    path = Path(folder, GPTQ_CONFIG)
-    settings = {**json.loads(path.read_text(encoding="utf-8")), KEY: compensation.entry()}
-    path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    return result
+    with saved_whole(model, folder):
+        return wrapped(*args, **kwargs)
 
 
 # Loading
@@ -91,7 +86,6 @@ def _post_init_model(wrapped, quantizer, args, kwargs):
 
 # Toolkit
 
-GPTQ_CONFIG = "quantize_config.json"
 MODULE = "optimum.gptq.quantizer"
 QUANTIZER = f"{MODULE}:GPTQQuantizer"
 OPTIMUM = Toolkit(

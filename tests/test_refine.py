@@ -10,7 +10,7 @@ from torch import nn
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation, FloatLogits, RefinementConfig
 from bc_plugin.models.blocks import find_blocks
-from bc_plugin.vectors.check import weights_digest
+from bc_plugin.vectors.weights import weights_of
 
 
 @pytest.mark.parametrize("by", ["model", "block"])
@@ -19,14 +19,14 @@ from bc_plugin.vectors.check import weights_digest
 def test_it_gets_better_and_nothing_else_changes(architecture, positions, by):
     model, quantized = compensated(architecture, positions)
     before = Compensation.attached_to(quantized)
-    digest = weights_digest(quantized, [find_blocks(quantized).path])
+    digest = weights_of(quantized, [find_blocks(quantized).path])
     weights = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
     kl = bc_plugin.evaluate(quantized, held_out(), model).kl
     after = refine(quantized, model, by=by)
     assert after is Compensation.attached_to(quantized)
     assert after.refined["after"] < after.refined["before"]
     assert bc_plugin.evaluate(quantized, held_out(), model).kl < kl
-    assert weights_digest(quantized, [find_blocks(quantized).path]) == digest
+    assert weights_of(quantized, [find_blocks(quantized).path]) == digest
     assert {n: (v.shape, v.dtype) for n, v in after.vectors.items()} == {
         n: (v.shape, v.dtype) for n, v in before.vectors.items()
     }

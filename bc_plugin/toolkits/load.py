@@ -12,7 +12,13 @@ from torch import nn
 from ..errors import BiasCompensationError
 from ..marks import mark, unmark
 from ..names import KEY
-from ..vectors.checkpoint import checkpoint_files, read_settings, read_vectors
+from ..vectors.checkpoint import (
+    checkpoint_files,
+    naming,
+    read_settings,
+    read_vectors,
+    require_files,
+)
 from ..vectors.compensation import Compensation
 
 R = TypeVar("R")
@@ -24,30 +30,48 @@ files_read: ContextVar[tuple[Path, ...] | None] = ContextVar("files_read", defau
 def read_compensation(
     entry: Mapping[str, Any] | None, files: Iterable[str | Path]
 ) -> Compensation | None:
-    """The compensation that a checkpoint's quantization config announces and its files hold.
+    """The compensation that a checkpoint's settings announce and its files hold.
+
+    Args:
+        files: Those that the loader reads, and no others.
 
     Returns:
         None for a checkpoint without compensation.
 
     Raises:
-        BiasCompensationError: only one of the two is there, or they do not fit.
+        BiasCompensationError: only one of the two is there, or they do not belong together, or
+            to the weights in the files.
     """
+    files = list(files)
+    folder = Path(files[0]).parent if files else "the checkpoint"
     if entry is not None:
-        return Compensation.from_entry(entry, read_vectors(files))
-    # Only safetensors files can be looked into without reading all of them.
-    vectors = read_vectors(file for file in files if str(file).endswith(".safetensors"))
+        vectors = read_vectors(files)
+        with naming(folder):
+            compensation = Compensation.from_entry(entry, vectors)
+        require_files(entry, files)
+        return compensation
+    try:  # only safetensors files can be looked into without reading all of them
+        vectors = read_vectors(file for file in files if str(file).endswith(".safetensors"))
+    except BiasCompensationError:
+        return None  # it is none of ours, and what is wrong with it the loader will say
     if vectors:
         raise BiasCompensationError(
-            f"the checkpoint holds {len(vectors)} compensation tensors, the first is "
+            f"{folder} holds {len(vectors)} compensation tensors, the first is "
             f"{next(iter(vectors))}.{KEY}, but its quantization config has no {KEY} entry; "
             "restore the config it was saved with, or load it without bc_plugin.enable()."
         )
     return None
 
 
-def load_if_any(folder: str | Path) -> Compensation | None:
-    """The compensation of the checkpoint in ``folder``, None when it has none."""
-    return read_compensation(read_settings(folder).get(KEY), checkpoint_files(folder))
+def load_if_any(checkpoint: str | Path) -> Compensation | None:
+    """The compensation of a checkpoint, None when it has none.
+
+    Args:
+        checkpoint: Its folder, or what its loader reads of it: a file, or the index of several.
+    """
+    path = Path(checkpoint)
+    entry = read_settings(path if path.is_dir() else path.parent).get(KEY)
+    return read_compensation(entry, checkpoint_files(path))
 
 
 def hold_for(model: nn.Module, checkpoint: str | Path) -> None:
@@ -56,10 +80,9 @@ def hold_for(model: nn.Module, checkpoint: str | Path) -> None:
     Between the two, kernels are initialised, which may repack the weights the digest is taken of.
 
     Args:
-        checkpoint: The folder, or a file in it.
+        checkpoint: As ``load_if_any`` has it.
     """
-    path = Path(checkpoint)
-    compensation = load_if_any(path if path.is_dir() else path.parent)
+    compensation = load_if_any(checkpoint)
     if compensation is not None:
         compensation.check(model)
         mark(model, compensation)
@@ -91,10 +114,17 @@ def attach_around(
 
 
 def fit_to(compensation: Compensation, model: nn.Module) -> Compensation:
-    """The same vectors under the names of ``model``, which may be a base model without a head."""
+    """The same vectors under the names of ``model``.
+
+    It may be a base model without a head where the other had one, or the other way round.
+    """
     prefix = getattr(model, "base_model_prefix", "") + "."
     names = {name for name, _ in model.named_modules()}
     blocks = compensation.blocks
-    if names.issuperset(blocks) or not all(path.startswith(prefix) for path in blocks):
+    if names.issuperset(blocks) or prefix == ".":
         return compensation
-    return compensation.renamed(lambda name: name.removeprefix(prefix))
+    if all(path.startswith(prefix) for path in blocks):
+        return compensation.renamed(lambda name: name.removeprefix(prefix))
+    if names.issuperset(prefix + path for path in blocks):
+        return compensation.renamed(lambda name: prefix + name)
+    return compensation

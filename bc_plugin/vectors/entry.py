@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,17 @@ from .contents import Contents, SiteErrors
 from .short_names import collapse, expand
 
 FORMAT_VERSION = 2
+FIELDS = (
+    "format_version",
+    "positions",
+    "blocks",
+    "sites",
+    "joint",
+    "refined",
+    "digest",
+    "float_weights",
+    "errors",
+)
 
 
 def entry_of(compensation: Contents) -> dict[str, Any]:
@@ -35,7 +47,7 @@ def entry_of(compensation: Contents) -> dict[str, Any]:
     for short, names in groups.items():
         sites.setdefault(compensation.kinds[names[0]], []).append(short)
     blocks = compensation.blocks
-    return {
+    entry = {
         "format_version": FORMAT_VERSION,
         "positions": compensation.positions,
         "blocks": blocks[0] if len(blocks) == 1 else list(blocks),
@@ -43,9 +55,10 @@ def entry_of(compensation: Contents) -> dict[str, Any]:
         "joint": compensation.joint,
         "refined": compensation.refined,
         "digest": compensation.digest,
-        "vectors_digest": vectors_digest(compensation.vectors),
+        "float_weights": list(compensation.float_weights),
         "errors": errors,
     }
+    return {**entry, "vectors_digest": vectors_digest(compensation.vectors, entry)}
 
 
 def read_entry(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -73,13 +86,14 @@ def read_entry(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
             "positions": entry["positions"],
             "blocks": entry["blocks"],
             "digest": entry["digest"],
-            "joint": entry.get("joint", False),
-            "refined": entry.get("refined"),
+            "float_weights": tuple(entry["float_weights"]),
+            "joint": entry["joint"],
+            "refined": entry["refined"],
         }
         bound_to = entry["vectors_digest"]
         if set(found["errors"]) != set(kinds):
             raise KeyError(*sorted(set(found["errors"]) ^ set(kinds))[:1])
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
+    except (KeyError, ValueError, AttributeError, TypeError, OverflowError) as error:
         raise BiasCompensationError(
             f"the {KEY} entry of the quantization config is damaged ({error!r}); take it from "
             "the original checkpoint, or compute the compensation again."
@@ -97,27 +111,40 @@ def read_entry(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
             "announce; the two do not belong together."
         )
     vectors = {name: tensors[name] for name in kinds}
-    _check_digest(vectors, bound_to)
+    _check_digest(vectors, entry, bound_to)
     return {"vectors": vectors, **found}
 
 
 def set_entry(model: nn.Module, entry: dict[str, Any] | None) -> None:
-    """Keep the model's quantization config in step, since saving the model writes it."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    """Keep the model's config in step, since saving the model writes it.
+
+    The entry is one of its quantization settings; of a model that no toolkit quantized, it stands
+    beside the others.
+    """
+    config = getattr(model, "config", None)
     if config is None:
         return
-    config = copy.copy(config)  # it may be the user's, for other models too
-    values = config if isinstance(config, dict) else vars(config)
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        _set(vars(config), entry)
+        return
+    settings = copy.copy(settings)  # they may be the user's, for other models too
+    _set(settings if isinstance(settings, dict) else vars(settings), entry)
+    config.quantization_config = settings
+
+
+def _set(values: dict[str, Any], entry: dict[str, Any] | None) -> None:
     if entry is None:
         values.pop(KEY, None)
     else:
         values[KEY] = entry
-    model.config.quantization_config = config
 
 
-def vectors_digest(vectors: Mapping[str, Tensor]) -> str:
-    """BLAKE2b over names, types, shapes and bytes of all vectors."""
+def vectors_digest(vectors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> str:
+    """BLAKE2b over names, types, shapes and bytes of all vectors, and over what is said of them."""
     digest = hashlib.blake2b(digest_size=16)
+    said = {field: entry[field] for field in FIELDS}
+    digest.update(json.dumps(said, sort_keys=True).encode())
     for name, tensor in sorted(vectors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         stored = tensor.detach().cpu().contiguous()
@@ -125,8 +152,8 @@ def vectors_digest(vectors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _check_digest(vectors: Mapping[str, Tensor], expected: str) -> None:
-    digest = vectors_digest(vectors)
+def _check_digest(vectors: Mapping[str, Tensor], entry: Mapping[str, Any], expected: str) -> None:
+    digest = vectors_digest(vectors, entry)
     if digest == expected:
         return
     for name, tensor in vectors.items():
@@ -136,9 +163,9 @@ def _check_digest(vectors: Mapping[str, Tensor], expected: str) -> None:
                 "checkpoint again."
             )
     raise BiasCompensationError(
-        f"the compensation tensors (*.{KEY}) are not those that the quantization config was "
-        f"written with: their digest is {digest}, expected {expected}. A file is damaged, or "
-        "of another checkpoint; download or save the checkpoint again."
+        f"the compensation tensors (*.{KEY}) are not those that the {KEY} entry of the config was "
+        f"written with, or the entry was changed: their digest is {digest}, expected {expected}. A "
+        "file is damaged, or of another checkpoint; download or save the checkpoint again."
     )
 
 
