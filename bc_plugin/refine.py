@@ -104,7 +104,7 @@ def train_vectors(
     """
     config = config or RefinementConfig()
     if not compensation.vectors:
-        raise BiasCompensationError("the compensation has no vectors that could be train_vectors.")
+        raise BiasCompensationError("the compensation has no vectors that could be trained.")
     if "convolution" in compensation.kinds.values():
         raise BiasCompensationError(
             "refinement is for language models; this compensation has vectors of convolutions."

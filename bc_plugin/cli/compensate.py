@@ -7,7 +7,13 @@ from typing import Annotated
 import typer
 
 from ..files import new_folder
-from .inputs import calibration_data, load_model, load_tokenizer, pass_settings
+from .inputs import (
+    calibration_data,
+    load_as_stored,
+    load_model,
+    load_tokenizer,
+    pass_settings,
+)
 from .options import (
     CalibrationData,
     DeviceMap,
@@ -19,6 +25,7 @@ from .options import (
     Samples,
     Sites,
 )
+from .outputs import write
 from .sites import print_sites
 
 
@@ -49,12 +56,11 @@ def compensate(
         tokenizer = load_tokenizer(float_model)
         reference = load_model(float_model, dtype, device_map)
         calibration = calibration_data(dataset, tokenizer, length, samples, lambda: reference)
-        model = load_model(quantized, dtype, device_map)
+        model = load_as_stored(quantized, dtype, device_map)
         before = Compensation.attached_to(model)
         if before is not None:
             before.detach(model)
         compensation = run(model, reference, calibration, settings)
         compensation.attach(model)
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        write(quantized, part, compensation, tokenizer)
     print_sites(out, by_group=True)

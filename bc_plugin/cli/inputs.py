@@ -19,6 +19,14 @@ def load_model(folder: str, dtype: str, device_map: str, **kwargs: Any) -> Any:
     ).eval()
 
 
+def load_as_stored(folder: str, dtype: str, device_map: str) -> Any:
+    """A quantized model whose weights are known as its files have them, whatever kernels do."""
+    from ..toolkits.load import keeping_weights
+
+    with keeping_weights():
+        return load_model(folder, dtype, device_map)
+
+
 def load_tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 

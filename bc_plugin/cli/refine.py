@@ -9,7 +9,7 @@ import typer
 
 from ..errors import BiasCompensationError
 from ..files import new_folder
-from .inputs import calibration_data, load_model, load_tokenizer
+from .inputs import calibration_data, load_as_stored, load_model, load_tokenizer
 from .options import (
     CalibrationData,
     DeviceMap,
@@ -19,6 +19,7 @@ from .options import (
     Out,
     Samples,
 )
+from .outputs import write
 from .sites import print_sites
 
 
@@ -65,13 +66,12 @@ def refine(
         if by == "model":  # what it predicts is all that is needed of it
             logits = started / "float_logits"
             reference = record_float_logits(reference, calibration, config, folder=logits)
-        model = load_model(str(compensated), dtype, device_map)
+        model = load_as_stored(str(compensated), dtype, device_map)
         if Compensation.attached_to(model) is None:
             raise BiasCompensationError(
                 f"{compensated} is not compensated; start with `bc-plugin compensate`."
             )
-        run(model, reference, calibration, config, folder=started)
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        refined = run(model, reference, calibration, config, folder=started)
+        write(str(compensated), part, refined, tokenizer)
     delete_progress(started)  # not before: OUT is all that is left of the training
     print_sites(out, by_group=True)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from ..models.architectures import ARCHITECTURES
 from ..models.modules import device_of
 from ..models.tracker import PositionTracker
-from ..vectors.attach import CompensatedForward
+from ..vectors.in_place import CompensatedForward
 from ..vectors.compensation import Compensation
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,11 +21,24 @@ from ..vectors.checkpoint import (
     require_files,
 )
 from ..vectors.compensation import Compensation
+from ..vectors.weights import keep_weights
 
 R = TypeVar("R")
 
 # The files of the checkpoint that a loader is reading, where it tells of them.
 files_read: ContextVar[tuple[Path, ...] | None] = ContextVar("files_read", default=None)
+
+_keeps_weights: ContextVar[bool] = ContextVar("_keeps_weights", default=False)
+
+
+@contextmanager
+def keeping_weights() -> Iterator[None]:
+    """While it lasts, models that are loaded are known by their weights as the files have them."""
+    token = _keeps_weights.set(True)
+    try:
+        yield
+    finally:
+        _keeps_weights.reset(token)
 
 
 def read_compensation(
@@ -105,11 +119,13 @@ def attach_around(
         initialise: The toolkit's own call; returns what is returned.
         compensation: None where there is none.
     """
-    if compensation is None:
-        return initialise()
-    compensation.check(model)
+    if compensation is not None:
+        compensation.check(model)
+    if _keeps_weights.get():
+        keep_weights(model)
     result = initialise()
-    compensation.attach_unchecked(model)
+    if compensation is not None:
+        compensation.attach_unchecked(model)
     return result
 
 
