@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
 from .modules import copy_of, device_of
-from .packed import WORD, integers_of
+from .packed import integers_of
 
 REPACKED = (
     "the weights of {} ({}) are not stored any more as a checkpoint stores them: its kernel has "
@@ -51,16 +51,16 @@ def require_as_stored(
 def _layout(module: nn.Module) -> str | None:
     """How the words of a linear are laid out; None if like no checkpoint's."""
     bits = getattr(module, "bits", getattr(module, "w_bit", None))
-    words = module.qweight
-    if bits is None or words.dtype != torch.int32 or not hasattr(module, "in_features"):
-        return "unknown"
-    rows, columns = module.in_features, module.out_features
-    if tuple(words.shape) == (rows * bits // WORD, columns):
-        return "gptq"
-    if tuple(words.shape) == (rows, columns * bits // WORD):
-        return "awq"
     # AutoAWQ's other kernels have formats of their own, in files, too.
-    return "unknown" if type(module).__name__.startswith("WQLinear_GEMV") else None
+    if not isinstance(bits, int) or type(module).__name__.startswith("WQLinear_GEMV"):
+        return "unknown"
+    words, rows, columns = module.qweight, module.in_features, module.out_features
+    if words.dtype != getattr(module, "pack_dtype", torch.int32):
+        return None
+    size = 8 * words.itemsize
+    shapes = {"gptq": (rows * bits // size, columns), "awq": (rows, columns * bits // size)}
+    found = next((name for name, shape in shapes.items() if shape == tuple(words.shape)), None)
+    return found if words.dtype == torch.int32 or found is None else "unknown"
 
 
 def _means_what_it_gives(module: nn.Module, runs: nn.Module, layout: str) -> bool:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers.language import tiny_model
 
-from bc_plugin.vectors.weights import weights_of
 from bc_plugin.vectors.fingerprint import ROW, ROWS, WORD, fingerprint
+from bc_plugin.vectors.weights import weights_of
 
 
 def words(count=4 * ROW + 5, dtype=torch.int32):
