@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 from helpers.reliability import contents, entries, stale, vectors, weights
 from helpers.reliability.cases import EITHER, chosen
-from helpers.reliability.counts import count
-from helpers.reliability.judge import GOOD, judge
+from helpers.reliability.counts import hold
 
 from bc_plugin.vectors.compensation import FILE
 
@@ -24,15 +23,9 @@ CASES = [
 ]
 
 
-def _hold(case, subject, folder):
-    outcome, said = judge(case, folder, subject)
-    count(case, outcome, said)
-    assert outcome in GOOD, said
-
-
 @pytest.mark.parametrize("case", chosen(CASES), ids=str)
 def test_transformers(case, checkpoint, enabled, tmp_path_factory):
-    _hold(case, checkpoint, tmp_path_factory.mktemp("case"))
+    hold(case, tmp_path_factory.mktemp("case"), checkpoint)
 
 
 def _by_hand(cases):
@@ -50,7 +43,7 @@ BY_HAND = [*_by_hand([*vectors.CASES[::6], *vectors.IN_SHARDS, *contents.CASES, 
 
 @pytest.mark.parametrize("case", chosen(BY_HAND), ids=str)
 def test_vectors_attached_by_hand(case, checkpoint_by_hand, tmp_path_factory):
-    _hold(case, checkpoint_by_hand, tmp_path_factory.mktemp("case"))
+    hold(case, tmp_path_factory.mktemp("case"), checkpoint_by_hand)
 
 
 WITH_GPTQMODEL = [
@@ -70,4 +63,4 @@ WITH_GPTQMODEL = [
 
 @pytest.mark.parametrize("case", chosen(WITH_GPTQMODEL), ids=str)
 def test_gptqmodel(case, checkpoint_of_gptqmodel, enabled, tmp_path_factory):
-    _hold(case, checkpoint_of_gptqmodel, tmp_path_factory.mktemp("case"))
+    hold(case, tmp_path_factory.mktemp("case"), checkpoint_of_gptqmodel)

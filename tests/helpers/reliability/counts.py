@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from pathlib import Path
 
-from .cases import Case
-from .judge import BAD, GOOD
+from .cases import Case, Subject
+from .judge import BAD, GOOD, judge
 
 OUTCOMES = (*GOOD, *BAD, "half-written", "left over")
 _found: list[tuple[Case, str]] = []
@@ -20,6 +21,13 @@ def count(case: Case, outcome: str, said: str) -> None:
     if path:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps([case.family, case.name, outcome, said]) + "\n")
+
+
+def hold(case: Case, folder: Path, subject: Subject | None = None) -> None:
+    """Judge a case and count it; a test's assertion."""
+    outcome, said = judge(case, folder, subject)
+    count(case, outcome, said)
+    assert outcome in GOOD, f"{outcome}: {said}"
 
 
 def table() -> list[str]:
