@@ -9,3 +9,5 @@ SUFFIX = "." + KEY
 FILE = "bias_compensation.safetensors"
 # In the entry of a checkpoint: of all tensors in its files but the vectors.
 FILES_DIGEST = "files_digest"
+# And of those settings in its config.json by which the same weights compute otherwise.
+SETTINGS_DIGEST = "settings_digest"

@@ -17,7 +17,7 @@ from bc_plugin.toolkits.load import attach_around, files_read, read_compensation
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, is_running, run_compensated
 from bc_plugin.toolkits.save import saved_whole
-from bc_plugin.vectors.checkpoint import read_settings
+from bc_plugin.vectors.settings import read_settings
 
 # Config
 

@@ -21,7 +21,7 @@ from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
 from bc_plugin.toolkits.save import plain_vectors, put_vectors, saved_whole, take_vectors
 from bc_plugin.vectors import Compensation
-from bc_plugin.vectors.checkpoint import read_settings
+from bc_plugin.vectors.settings import read_settings
 
 # Config
 

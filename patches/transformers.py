@@ -13,7 +13,13 @@ from bc_plugin.marks import mark, unmark
 from bc_plugin.names import KEY, SUFFIX
 from bc_plugin.supported import SUPPORTED
 from bc_plugin.toolkits.flag import asked_by, config_to_dict, flag_of, is_entry, set_flag
-from bc_plugin.toolkits.load import attach_around, files_read, fit_to, read_compensation
+from bc_plugin.toolkits.load import (
+    attach_around,
+    files_read,
+    fit_to,
+    read_compensation,
+    reading_weights,
+)
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.save import saved_whole
 from bc_plugin.vectors import Compensation
@@ -96,7 +102,8 @@ def _revert_names(wrapped, instance, args, kwargs):
 
 
 def _resolve_files(wrapped, instance, args, kwargs):
-    files, metadata = wrapped(*args, **kwargs)
+    with reading_weights(argument("pretrained_model_name_or_path", 0, args, kwargs)):
+        files, metadata = wrapped(*args, **kwargs)
     files_read.set(tuple(map(Path, files or ())))
     return files, metadata
 
@@ -128,11 +135,11 @@ def _load_plain(wrapped, cls, args, kwargs):
     """A model that no toolkit quantized: no quantizer is asked before and after."""
     model = argument("model", 0, args, kwargs)
     files = argument("checkpoint_files", 2, args, kwargs) or ()
-    entry = getattr(model.config, KEY, None)
-    if entry is not None:
-        compensation = fit_to(read_compensation(entry, files), model)
-        mark(model, compensation)
-        _expect(model, rf"\.{KEY}$")
+    if getattr(model.config, "quantization_config", None) is None:
+        compensation = read_compensation(getattr(model.config, KEY, None), files)
+        if compensation is not None:
+            mark(model, fit_to(compensation, model))
+            _expect(model, rf"\.{KEY}$")
     return wrapped(*args, **kwargs)
 
 

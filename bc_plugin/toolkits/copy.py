@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..names import FILE, KEY, SUFFIX
-from ..vectors.checkpoint import checkpoint_files, read_json, tensors_in
+from ..vectors.checkpoint import checkpoint_files, tensors_in
 from ..vectors.compensation import Compensation
+from ..vectors.settings import read_json
 from .save import INDEX, SINGLE, write_entry
 
 VECTORS = "model-bias_compensation.safetensors"  # beside a checkpoint of several files

@@ -17,10 +17,12 @@ from ..errors import BiasCompensationError
 from ..names import KEY
 from ..vectors.compensation import Compensation
 
+OF_ENTRIES = {"format_version", "digest", "vectors_digest", "errors"}  # no setting is called so
+
 
 def is_entry(value: Any) -> bool:
     """Whether ``value`` is what a compensated checkpoint stores, not a request to compensate."""
-    return isinstance(value, Mapping) and "digest" in value
+    return isinstance(value, Mapping) and not OF_ENTRIES.isdisjoint(value)
 
 
 def set_flag(config: Any, value: Any) -> None:
@@ -50,8 +52,9 @@ def asked(value: Any) -> BiasCompensationConfig | None:
     """
     if is_entry(value):
         raise BiasCompensationError(
-            f"{KEY} is the entry of a compensated checkpoint (digest {value['digest'][:8]}...), "
-            "which tells of its vectors and asks for none. To quantize with compensation pass "
+            f"{KEY} is the entry of a compensated checkpoint (digest "
+            f"{str(value.get('digest'))[:8]}...), which tells of its vectors and asks for none. To "
+            "quantize with compensation pass "
             "True, a dict such as {'positions': 1} or a BiasCompensationConfig; to quantize "
             f"without it leave {KEY} out."
         )

@@ -16,11 +16,11 @@ from ..names import KEY
 from ..vectors.checkpoint import (
     checkpoint_files,
     naming,
-    read_settings,
     read_vectors,
     require_files,
 )
 from ..vectors.compensation import Compensation
+from ..vectors.settings import read_settings, require_settings
 from ..vectors.weights import keep_weights
 
 R = TypeVar("R")
@@ -62,6 +62,7 @@ def read_compensation(
         vectors = read_vectors(files)
         with naming(folder):
             compensation = Compensation.from_entry(entry, vectors)
+        require_settings(entry, folder)
         require_files(entry, files)
         return compensation
     try:  # only safetensors files can be looked into without reading all of them
@@ -75,6 +76,24 @@ def read_compensation(
             "restore the config it was saved with, or load it without bc_plugin.enable()."
         )
     return None
+
+
+@contextmanager
+def reading_weights(checkpoint: str | Path) -> Iterator[None]:
+    """While it lasts a loader looks for a checkpoint's weights; where it is ours, errors say so.
+
+    Args:
+        checkpoint: Its folder, or a name on the hub, which has none.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not Path(checkpoint).is_dir() or read_settings(checkpoint).get(KEY) is None:
+            raise
+        raise BiasCompensationError(
+            f"the weights in {checkpoint} cannot be found or read ({error}), or the index of them; "
+            "download or save the checkpoint again."
+        ) from error
 
 
 def load_if_any(checkpoint: str | Path) -> Compensation | None:

@@ -14,17 +14,11 @@ from torch import nn
 from ..errors import BiasCompensationError
 from ..files import written_whole
 from ..models.repacked import require_as_stored
-from ..names import FILES_DIGEST, KEY
-from ..vectors.checkpoint import (
-    CONFIG,
-    SETTINGS,
-    checkpoint_files,
-    files_digest,
-    read_json,
-    read_vectors,
-)
+from ..names import FILES_DIGEST, KEY, SETTINGS_DIGEST
+from ..vectors.checkpoint import checkpoint_files, files_digest, read_vectors
 from ..vectors.compensation import Compensation
 from ..vectors.entry import vectors_digest
+from ..vectors.settings import CONFIG, SETTINGS, read_json, settings_digest
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Stamps = dict[str, tuple[int, int]]
@@ -65,8 +59,12 @@ def saved_whole(model: nn.Module, folder: str | Path) -> Iterator[Compensation |
 
 
 def write_entry(folder: Path, entry: dict[str, Any]) -> None:
-    """Put the entry into the settings of a checkpoint, bound to the weights in its files."""
-    entry = {**entry, FILES_DIGEST: files_digest(checkpoint_files(folder))}
+    """Put the entry into the settings of a checkpoint, bound to those and to its weights."""
+    entry = {
+        **entry,
+        FILES_DIGEST: files_digest(checkpoint_files(folder)),
+        SETTINGS_DIGEST: settings_digest(folder),
+    }
     for name in (CONFIG, SETTINGS):
         path = folder / name
         if not path.is_file():
@@ -92,8 +90,11 @@ def _remove_stale(folder: Path, written: set[str]) -> None:
 
 
 def _require_vectors(compensation: Compensation, folder: Path) -> None:
-    found, entry = read_vectors(checkpoint_files(folder)), compensation.entry()
-    if vectors_digest(found, entry) != vectors_digest(compensation.vectors, entry):
+    found = read_vectors(checkpoint_files(folder))
+    same = found.keys() == compensation.vectors.keys()
+    if not same or vectors_digest(compensation.replaced(vectors=found)) != vectors_digest(
+        compensation
+    ):
         raise BiasCompensationError(
             f"{folder} was written, but its {len(found)} compensation tensors are not the "
             f"{len(compensation.vectors)} that are attached to the model, so it must not be used. "

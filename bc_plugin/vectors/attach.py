@@ -44,11 +44,11 @@ def attach(compensation: Contents, model: nn.Module) -> None:
     attachment = Attachment(compensation, [], [])
     try:
         _put_in_place(attachment, model)
+        set_entry(model, entry_of(compensation))
     except BaseException:
         attachment.undo()
         raise
     setattr(model, ATTRIBUTE, attachment)
-    set_entry(model, entry_of(compensation))
 
 
 def _put_in_place(attachment: Attachment, model: nn.Module) -> None:

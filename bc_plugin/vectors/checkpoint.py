@@ -1,4 +1,4 @@
-"""A checkpoint's settings, vectors and weights, read from the files that its loader reads."""
+"""A checkpoint's vectors and weights, read from the files that its loader reads."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from ..errors import BiasCompensationError
 from ..names import FILE, FILES_DIGEST, KEY, SUFFIX
 from .fingerprint import fingerprint
+from .settings import read_json
 
-CONFIG, SETTINGS = "config.json", "quantize_config.json"
 # In the order in which transformers looks for them; toolkits' own names come after these.
 _KNOWN = (
     "model.safetensors",
@@ -74,44 +74,6 @@ def _listed(index: Path) -> list[Path]:
                 "again."
             )
     return files
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        BiasCompensationError: it is damaged, or cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BiasCompensationError(
-            f"{path} cannot be read as JSON ({error}); download or save it again."
-        ) from error
-
-
-def settings_in(path: Path) -> dict[str, Any]:
-    """The quantization settings in a toolkit's file, empty where there is none.
-
-    A model that no toolkit quantized has the entry of its vectors beside its other settings.
-
-    Raises:
-        BiasCompensationError: the file is damaged.
-    """
-    content = read_json(path) if path.is_file() else {}
-    if isinstance(content, dict) and path.name == CONFIG:
-        own = {KEY: content[KEY]} if KEY in content else {}
-        content = content.get("quantization_config") or own
-    if not isinstance(content, dict):
-        raise BiasCompensationError(
-            f"{path} has quantization settings that are no JSON object; download or save it again."
-        )
-    return content
-
-
-def read_settings(folder: str | Path) -> dict[str, Any]:
-    """The quantization settings of a checkpoint, wherever its toolkit keeps them."""
-    return settings_in(Path(folder, CONFIG)) or settings_in(Path(folder, SETTINGS))
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

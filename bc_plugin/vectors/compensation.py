@@ -15,10 +15,11 @@ from ..files import written_whole
 from ..names import FILE, KEY, SUFFIX
 from .attach import attach, attached_to, detach
 from .check import check
-from .checkpoint import checkpoint_files, naming, read_metadata, read_settings, read_vectors
+from .checkpoint import checkpoint_files, naming, read_metadata, read_vectors
 from .contents import Contents
 from .entry import entry_of, read_entry
 from .joint import mark_joint
+from .settings import read_settings
 
 
 class Compensation(Contents):

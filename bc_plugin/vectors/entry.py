@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -17,20 +18,10 @@ from torch import Tensor, nn
 from ..errors import BiasCompensationError
 from ..names import KEY
 from .contents import Contents, SiteErrors
-from .short_names import collapse, expand
+from .fields import require_fields
+from .short_names import MOST, collapse, expand
 
 FORMAT_VERSION = 2
-FIELDS = (
-    "format_version",
-    "positions",
-    "blocks",
-    "sites",
-    "joint",
-    "refined",
-    "digest",
-    "float_weights",
-    "errors",
-)
 
 
 def entry_of(compensation: Contents) -> dict[str, Any]:
@@ -47,7 +38,7 @@ def entry_of(compensation: Contents) -> dict[str, Any]:
     for short, names in groups.items():
         sites.setdefault(compensation.kinds[names[0]], []).append(short)
     blocks = compensation.blocks
-    entry = {
+    return {
         "format_version": FORMAT_VERSION,
         "positions": compensation.positions,
         "blocks": blocks[0] if len(blocks) == 1 else list(blocks),
@@ -57,8 +48,8 @@ def entry_of(compensation: Contents) -> dict[str, Any]:
         "digest": compensation.digest,
         "float_weights": list(compensation.float_weights),
         "errors": errors,
+        "vectors_digest": vectors_digest(compensation),
     }
-    return {**entry, "vectors_digest": vectors_digest(compensation.vectors, entry)}
 
 
 def read_entry(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -72,31 +63,21 @@ def read_entry(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
         BiasCompensationError: the format is newer, the entry is damaged, or tensors are missing or
             superfluous.
     """
-    _check_version(entry)
+    require_fields(entry, FORMAT_VERSION)
     try:
-        kinds = {
-            name: kind
-            for kind, shorts in entry["sites"].items()
-            for short in shorts
-            for name in expand(short)
-        }
+        kinds = _read_sites(entry["sites"])
         found = {
             "kinds": kinds,
             "errors": _read_errors(entry["errors"]),
-            "positions": entry["positions"],
-            "blocks": entry["blocks"],
-            "digest": entry["digest"],
-            "float_weights": tuple(entry["float_weights"]),
-            "joint": entry["joint"],
-            "refined": entry["refined"],
+            **{name: entry[name] for name in ("positions", "blocks", "digest", "joint", "refined")},
+            "float_weights": entry["float_weights"],
         }
-        bound_to = entry["vectors_digest"]
         if set(found["errors"]) != set(kinds):
-            raise KeyError(*sorted(set(found["errors"]) ^ set(kinds))[:1])
+            raise ValueError(f"errors and sites differ, in {set(found['errors']) ^ set(kinds)}")
     except (KeyError, ValueError, AttributeError, TypeError, OverflowError) as error:
         raise BiasCompensationError(
-            f"the {KEY} entry of the quantization config is damaged ({error!r}); take it from "
-            "the original checkpoint, or compute the compensation again."
+            f"the {KEY} entry is damaged, in its sites or errors ({error}); take it from the "
+            "original checkpoint, or compute the compensation again."
         ) from error
     missing = sorted(set(kinds) - set(tensors))
     if missing:
@@ -107,12 +88,12 @@ def read_entry(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
     unknown = sorted(set(tensors) - set(kinds))
     if unknown:
         raise BiasCompensationError(
-            f"the checkpoint has {unknown[0]}.{KEY}, which its quantization config does not "
-            "announce; the two do not belong together."
+            f"the checkpoint has {unknown[0]}.{KEY}, which its {KEY} entry does not announce; the "
+            "two do not belong together."
         )
-    vectors = {name: tensors[name] for name in kinds}
-    _check_digest(vectors, entry, bound_to)
-    return {"vectors": vectors, **found}
+    found = {"vectors": {name: tensors[name] for name in kinds}, **found}
+    _check_digest(Contents(**found), entry["vectors_digest"])
+    return found
 
 
 def set_entry(model: nn.Module, entry: dict[str, Any] | None) -> None:
@@ -140,51 +121,51 @@ def _set(values: dict[str, Any], entry: dict[str, Any] | None) -> None:
         values[KEY] = entry
 
 
-def vectors_digest(vectors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> str:
-    """BLAKE2b over names, types, shapes and bytes of all vectors, and over what is said of them."""
+def vectors_digest(contents: Contents) -> str:
+    """BLAKE2b over all vectors, their names, types, shapes and bytes, and what is said of them."""
     digest = hashlib.blake2b(digest_size=16)
-    said = {field: entry[field] for field in FIELDS}
+    said = [contents.positions, contents.blocks, contents.joint, contents.refined]
+    said += [contents.digest, contents.float_weights]
     digest.update(json.dumps(said, sort_keys=True).encode())
-    for name, tensor in sorted(vectors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    for name, tensor in sorted(contents.vectors.items()):
+        errors = [_number(value) for value in astuple(contents.errors[name])]
+        about = f"{name} {contents.kinds[name]} {errors} {tensor.dtype} {tuple(tensor.shape)}"
+        digest.update(about.encode())
         stored = tensor.detach().cpu().contiguous()
         digest.update(stored.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _check_digest(vectors: Mapping[str, Tensor], entry: Mapping[str, Any], expected: str) -> None:
-    digest = vectors_digest(vectors, entry)
+def _check_digest(contents: Contents, expected: str) -> None:
+    digest = vectors_digest(contents)
     if digest == expected:
         return
-    for name, tensor in vectors.items():
+    for name, tensor in contents.vectors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise BiasCompensationError(
                 f"{name}.{KEY} holds NaN or infinity; the file is damaged, download or save the "
                 "checkpoint again."
             )
     raise BiasCompensationError(
-        f"the compensation tensors (*.{KEY}) are not those that the {KEY} entry of the config was "
-        f"written with, or the entry was changed: their digest is {digest}, expected {expected}. A "
-        "file is damaged, or of another checkpoint; download or save the checkpoint again."
+        f"the compensation tensors (*.{KEY}) are not those that the {KEY} entry was written with, "
+        "or the entry itself was changed (its positions, blocks, sites, errors, joint, refined, "
+        f"digest, float_weights or vectors_digest): their digest is {digest}, expected {expected}. "
+        "A file is damaged, or of another checkpoint; download or save the checkpoint again."
     )
-
-
-def _check_version(entry: Mapping[str, Any]) -> None:
-    version = entry.get("format_version")
-    if version == 1:
-        raise BiasCompensationError(
-            "the compensation has format version 1, of a development version, in which nothing "
-            "binds the vectors to their checkpoint; compute it again with this bc_plugin."
-        )
-    if version != FORMAT_VERSION or isinstance(version, bool):
-        raise BiasCompensationError(
-            f"the compensation has format version {version!r}; this bc_plugin reads "
-            f"{FORMAT_VERSION}. Upgrade it."
-        )
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def _read_sites(sites: Mapping[str, list[str]]) -> dict[str, str]:
+    kinds: dict[str, str] = {}
+    for kind, shorts in sites.items():
+        for short in shorts:
+            kinds |= dict.fromkeys(expand(short), kind)
+            if len(kinds) > MOST:
+                raise ValueError(f"more than {MOST} sites")
+    return kinds
 
 
 def _read_errors(groups: Mapping[str, Mapping[str, str]]) -> dict[str, SiteErrors]:
