@@ -60,7 +60,7 @@ def read_compensation(
     folder = Path(files[0]).parent if files else "the checkpoint"
     if entry is not None:
         vectors = read_vectors(files)
-        with naming(folder):
+        with naming(files):
             compensation = Compensation.from_entry(entry, vectors)
         require_settings(entry, folder)
         require_files(entry, files)

@@ -88,12 +88,18 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def naming(checkpoint: str | Path) -> Iterator[None]:
-    """While it lasts, errors of ours begin with the checkpoint that they are about."""
+def naming(files: Iterable[str | Path]) -> Iterator[None]:
+    """While it lasts, errors of ours begin with the files that they are about."""
     try:
         yield
     except BiasCompensationError as error:
-        raise BiasCompensationError(f"{checkpoint}: {error}") from error
+        raise BiasCompensationError(f"{named(files)}: {error}") from error
+
+
+def named(files: Iterable[str | Path]) -> str:
+    """Files of one folder, as an error names them."""
+    first, *rest = [*map(Path, files)] or [Path("the checkpoint")]
+    return f"{first} to {rest[-1].name}" if rest else str(first)
 
 
 @contextmanager
@@ -177,10 +183,9 @@ def require_files(entry: Mapping[str, Any], files: Iterable[str | Path]) -> None
         return
     digest = files_digest(files)
     if digest != expected:
-        names = ", ".join(Path(file).name for file in files)
         raise BiasCompensationError(
-            f"the weights in {Path(files[0]).parent} ({names}) are not those that its {KEY} entry "
-            f"was written with: their digest is {digest}, expected {expected}. A file is damaged, "
+            f"the weights in {named(files)} are not those that the {KEY} entry of the config was "
+            f"written with: their digest is {digest}, expected {expected}. A file is damaged, "
             "or of another save, or a tensor was changed since; download or save the checkpoint "
             "again, or compensate it again."
         )

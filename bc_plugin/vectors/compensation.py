@@ -120,5 +120,5 @@ class Compensation(Contents):
                 f"quantization_config of a config.json, and no {FILE}."
             )
         vectors = read_vectors(files)
-        with naming(folder):
+        with naming(files):
             return cls.from_entry(entry, vectors)

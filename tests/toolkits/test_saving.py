@@ -87,7 +87,7 @@ def test_a_changed_weight_is_refused(tmp_path, model, name):
     key = next(key for key in tensors if key.endswith(name))
     tensors[key].view(-1)[3] *= 1.01
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(BiasCompensationError, match=r"model.safetensors\) are not those"):
+    with pytest.raises(BiasCompensationError, match=r"model.safetensors are not those"):
         load(tmp_path)
 
 

@@ -115,7 +115,7 @@ def test_any_changed_weight_is_refused(folders, tmp_path, enabled, leaf):
     tensors[key].view(-1)[1] += 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     for load in (AutoModelForCausalLM.from_pretrained, lambda f: GPTQModel.load(str(f))):
-        with pytest.raises(BiasCompensationError, match=r"model.safetensors\) are not those"):
+        with pytest.raises(BiasCompensationError, match=r"model.safetensors are not those"):
             load(folder)
 
 
