@@ -112,7 +112,7 @@ class FloatLogits:
         return self.folder / BATCHES.replace("*", str(number))
 
     def _reading(self, number: int) -> AbstractContextManager[None]:
-        return reading(self._path(number), "what the float model predicts is then recorded again")
+        return reading(self._path(number), "what the float model predicts is recorded again")
 
     def _metadata(self, number: int) -> dict[str, str]:
         with self._reading(number), safe_open(self._path(number), "pt") as file:
