@@ -1,4 +1,4 @@
-"""A run that is killed, whenever that is, goes on in a new process to the same vectors, bit for bit."""
+"""A run that is killed, whenever that is, goes on in a new process to the same vectors exactly."""
 
 import pytest
 import torch
