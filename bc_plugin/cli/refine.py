@@ -76,7 +76,7 @@ def refine(
         with writing(out, f"The training is kept in {started}"):
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
-        about_to_place(started, found.entry()["vectors_digest"])
+        about_to_place(started, found.vectors)
     delete_progress(started)  # not before: OUT is all that is left of the training
     print_sites(out, by_group=True)
 
@@ -89,7 +89,7 @@ def _tidy(out: Path, started: Path) -> None:
     from ..refinement.progress import delete_progress, is_in_place
 
     with suppress(BiasCompensationError):  # what is there is not that result
-        if is_in_place(started, Compensation.load(out).entry()["vectors_digest"]):
+        if is_in_place(started, Compensation.load(out).vectors):
             delete_progress(started)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import BiasCompensationError
 from .checksums import checksum
@@ -82,16 +83,16 @@ class Progress:
         return self.folder / STATES.replace("*", name)
 
 
-def about_to_place(folder: Path, digest: str) -> None:
-    """Keep which vectors the training came to: their ``vectors_digest``."""
+def about_to_place(folder: Path, vectors: Mapping[str, Tensor]) -> None:
+    """Keep which vectors the training in ``folder`` came to."""
     with written_to(folder / RESULT) as part:
-        part.write_text(digest, encoding="utf-8")
+        part.write_text(checksum(vectors), encoding="utf-8")
 
 
-def is_in_place(folder: Path, digest: str) -> bool:
-    """Whether the vectors with this digest are what the training in ``folder`` came to."""
+def is_in_place(folder: Path, vectors: Mapping[str, Tensor]) -> bool:
+    """Whether these vectors are what the training in ``folder`` came to."""
     path = folder / RESULT
-    return path.is_file() and path.read_bytes() == digest.encode()
+    return path.is_file() and path.read_bytes() == checksum(vectors).encode()
 
 
 def delete_progress(folder: Path) -> None:

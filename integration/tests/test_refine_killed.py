@@ -3,6 +3,7 @@
 They decide for good when first run, at 4 bits by whether a gradient is wanted then.
 """
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,36 @@ def test_killed_again_and_again_it_comes_to_the_same_checkpoint(folder, tmp_path
     with pytest.raises(BiasCompensationError, match="exists already"):
         CliRunner().invoke(app, command(folder, out, by), catch_exceptions=False)
     assert not (tmp_path / "out.refining").exists() and contents(out)
+
+
+def test_a_full_disk_at_the_end_keeps_the_training(folder, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out, steps = tmp_path / "out", []
+    step = Training._step
+    monkeypatch.setattr(Training, "_step", lambda *args: steps.append(args) or step(*args))
+    arguments = command(folder, out, "model", "--learning-rate", "0.05")
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", full)
+        said = rf"{out} cannot be written: .*No space .*kept in {out}.refining"
+        with pytest.raises(BiasCompensationError, match=said):
+            CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert len(steps) == 24 and [path.name for path in tmp_path.iterdir()] == ["out.refining"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert "Refined by model in 24 steps" in result.stdout
+    assert len(steps) == 24 and [path.name for path in tmp_path.iterdir()] == ["out"]
+    bc_plugin.disable()
+
+
+@pytest.mark.parametrize("by", ["model", "block"])
+def test_folders_the_wrong_way_round_are_told_before_anything_runs(folder, tmp_path, by):
+    arguments = command(folder, tmp_path / "out", by)
+    arguments[1:3] = arguments[2], arguments[1]
+    with pytest.raises(BiasCompensationError, match=r"float is not compensated: .*bc-plugin comp"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    arguments[1] = str(folder / "compensated")  # and now as both
+    with pytest.raises(BiasCompensationError, match="float model has compensation vectors"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert not list(tmp_path.iterdir())
+    bc_plugin.disable()

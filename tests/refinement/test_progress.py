@@ -212,8 +212,10 @@ def test_predictions_of_something_else_are_not_taken(tmp_path, change):
 
 
 def test_a_result_is_known_by_its_vectors(tmp_path):
-    assert not is_in_place(tmp_path, "abc")
-    about_to_place(tmp_path, "abc")
-    assert is_in_place(tmp_path, "abc") and not is_in_place(tmp_path, "abd")
+    vectors = {"layer": torch.arange(6.0), "other": torch.ones(2)}
+    assert not is_in_place(tmp_path, vectors)
+    about_to_place(tmp_path, vectors)
+    assert is_in_place(tmp_path, dict(reversed(vectors.items())))
+    assert not is_in_place(tmp_path, {**vectors, "layer": torch.zeros(6)})
     delete_progress(tmp_path)
     assert not tmp_path.exists()
