@@ -16,7 +16,7 @@ from .models.float_blocks import BlockSnapshot
 from .models.modules import copy_of, device_of, dtype_of
 from .refinement.by_block import train_by_block
 from .refinement.by_model import train_by_model
-from .refinement.checksums import checksum
+from .refinement.checksums import checksum, surroundings_checksum
 from .refinement.config import RefinementConfig
 from .refinement.data import RefinementData
 from .refinement.float_logits import FloatLogits
@@ -133,18 +133,21 @@ def train_vectors(
     progress = Progress(None)
     if folder is not None:
         settings = {**asdict(config), "dtype": str(dtype_of(model))}
-        progress = Progress(Path(folder), settings, _inputs(start, float_model, data))
+        progress = Progress(Path(folder), settings, _inputs(model, start, float_model, data))
     by = {"model": train_by_model, "block": train_by_block}[config.by]
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         outcome = by(model, start, float_model, data, config, progress, copy_to_run)
     return _with_vectors(compensation, outcome, config)
 
 
-def _inputs(start: Compensation, source: Source, data: RefinementData) -> dict[str, str]:
+def _inputs(
+    model: nn.Module, start: Compensation, source: Source, data: RefinementData
+) -> dict[str, str]:
     """Fingerprints of whatever decides what training comes to, beside its settings."""
     after = {name: errors.after for name, errors in start.errors.items()}
     return {
         "quantized weights": start.digest,
+        "weights around the quantized blocks": surroundings_checksum(model, start.blocks),
         "vectors": checksum([start.vectors, start.kinds, after, start.positions, start.blocks]),
         "calibration data": checksum(data.batches),
         FLOAT_MODEL: source_checksum(source),

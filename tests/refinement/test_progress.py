@@ -151,6 +151,10 @@ OTHERS = {
     "calibration data differs": ({"calibration": lambda: _masked(CALIBRATION)}, {}),
     "data differs": ({"calibration": lambda: _placed(CALIBRATION)}, {}),
     "the vectors differ": ({"quantized": lambda: compensated(sites=("linear",))[1]}, {}),
+    "the weights around the quantized blocks differ": (
+        {"quantized": lambda: _nudged(compensated()[1])},
+        {},
+    ),
     "learning_rate was 0.02 and is 0.03": ({}, {"learning_rate": 0.03}),
     "steps was 12 and is 16": ({}, {"steps": 16}),
     "seed was 0 and is 1": ({}, {"seed": 1}),
