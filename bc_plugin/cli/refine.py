@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +49,8 @@ def refine(
     """
     from .. import Compensation, RefinementConfig, enable, record_float_logits
     from .. import refine as run
-    from ..refinement.progress import delete_progress
+    from ..refinement.disk import writing
+    from ..refinement.progress import about_to_place, delete_progress
 
     enable("transformers")
     config = RefinementConfig(
@@ -59,8 +61,10 @@ def refine(
         mixed_precision=mixed_precision,
     )
     started = out.with_name(f"{out.name}.refining")
+    _tidy(out, started)
     with new_folder(out) as part:
         tokenizer = load_tokenizer(float_model)
+        _require_compensated(compensated)
         reference = load_model(float_model, dtype, device_map)
         calibration = calibration_data(dataset, tokenizer, length, samples, lambda: reference)
         if by == "model":  # what it predicts is all that is needed of it
@@ -68,10 +72,39 @@ def refine(
             reference = record_float_logits(reference, calibration, config, folder=logits)
         model = load_as_stored(str(compensated), dtype, device_map)
         if Compensation.attached_to(model) is None:
-            raise BiasCompensationError(
-                f"{compensated} is not compensated; start with `bc-plugin compensate`."
-            )
+            raise _not_compensated(compensated)
         refined = run(model, reference, calibration, config, folder=started)
-        write(str(compensated), part, refined, tokenizer)
+        with writing(out, f"The training is kept in {started}"):
+            write(str(compensated), part, refined, tokenizer)
+        about_to_place(started, refined.vectors)
     delete_progress(started)  # not before: OUT is all that is left of the training
     print_sites(out, by_group=True)
+
+
+def _tidy(out: Path, started: Path) -> None:
+    """Delete the progress of a run that was killed once its result was in place."""
+    if not (out.exists() and started.exists()):
+        return
+    from .. import Compensation
+    from ..refinement.progress import delete_progress, is_in_place
+
+    with suppress(BiasCompensationError):  # what is there is not that result
+        if is_in_place(started, Compensation.load(out).vectors):
+            delete_progress(started)
+
+
+def _require_compensated(folder: Path) -> None:
+    """An error before the float model has run, which takes long."""
+    from ..names import KEY
+    from ..vectors.settings import read_settings
+
+    if folder.is_dir() and KEY not in read_settings(folder):
+        raise _not_compensated(folder)
+
+
+def _not_compensated(folder: Path) -> BiasCompensationError:
+    return BiasCompensationError(
+        f"{folder} is not compensated: the quantization_config in its config.json has no entry "
+        "bias_compensation. Name the compensated checkpoint first, then the float model; "
+        "`bc-plugin compensate` makes one of a quantized checkpoint."
+    )
