@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from ..files import new_folder
+from .arguments import check_loading, float_config, model_config, text_of
 from .inputs import calibration_data, load_model, load_tokenizer, pass_settings
 from .options import (
     CalibrationData,
@@ -20,6 +22,7 @@ from .options import (
     Sites,
 )
 from .sites import print_sites
+from .stopped import making
 
 
 def compensate(
@@ -40,16 +43,22 @@ def compensate(
 
     Example: `bc-plugin compensate ./gptq ./SmolLM2-135M ./out --dataset text.txt --positions 0`
     """
-    from .. import Compensation, enable
-    from .. import compensate as run
-
-    enable("transformers")
     settings = pass_settings(positions, sites)
-    with new_folder(out) as part:
-        tokenizer = load_tokenizer(float_model)
-        reference = load_model(float_model, dtype, device_map)
-        calibration = calibration_data(dataset, tokenizer, length, samples, lambda: reference)
-        model = load_model(quantized, dtype, device_map)
+    model_config("QUANTIZED", quantized)
+    float_config(float_model)
+    with making(out), new_folder(out) as part:
+        check_loading(dtype, device_map)
+        text = text_of(dataset)
+
+        from .. import Compensation, enable
+        from .. import compensate as run
+
+        enable("transformers")
+        tokenizer = load_tokenizer("FLOAT", float_model)
+        load = partial(load_model, "FLOAT", float_model, dtype, device_map)
+        calibration = calibration_data(text, tokenizer, length, samples, load)
+        reference = load()
+        model = load_model("QUANTIZED", quantized, dtype, device_map)
         before = Compensation.attached_to(model)
         if before is not None:
             before.detach(model)

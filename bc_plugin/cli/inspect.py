@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .arguments import model_config
 from .sites import print_sites
 
 
@@ -20,4 +21,5 @@ def inspect(
 
     Example: `bc-plugin inspect ./out`
     """
+    model_config("MODEL", model)
     print_sites(model, by_group=not all_sites)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from ..files import new_folder
+from .arguments import check_gptq, check_loading, float_config, text_of
 from .inputs import calibration_data, load_model, load_tokenizer, pass_settings
 from .options import (
     CalibrationData,
@@ -19,6 +21,7 @@ from .options import (
     Sites,
 )
 from .sites import print_sites
+from .stopped import making
 
 
 def quantize(
@@ -29,6 +32,10 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="Weights that share a scale; -1: a row.")] = 128,
     sym: Annotated[bool, typer.Option(help="Symmetric quantization.")] = True,
     desc_act: Annotated[bool, typer.Option(help="Activation order.")] = False,
+    act_group_aware: Annotated[
+        bool, typer.Option(help="Activation order within groups; not with --desc-act.")
+    ] = True,
+    damp: Annotated[float, typer.Option(help="Damping, as a share of the Hessian.")] = 0.1,
     positions: Positions = "1",
     sites: Sites = "linear block",
     joint: Annotated[bool, typer.Option(help="Let GPTQ know that vectors will follow.")] = True,
@@ -42,34 +49,31 @@ def quantize(
 
     Example: `bc-plugin quantize ./SmolLM2-135M ./out --bits 3 --group-size 64 --dataset text.txt`
     """
-    from transformers import GPTQConfig
+    settings = pass_settings(positions, sites, joint=joint, refine_steps=refine_steps)
+    check_gptq(bits, group_size, damp, float_config(float_model))
+    with making(out), new_folder(out) as part:
+        check_loading(dtype, device_map)
+        text = text_of(dataset)
 
-    from .. import enable
+        from transformers import GPTQConfig
 
-    enable("transformers")
-    with new_folder(out) as part:
-        tokenizer = load_tokenizer(float_model)
-        calibration = calibration_data(
-            dataset,
-            tokenizer,
-            length,
-            samples,
-            lambda: load_model(float_model, dtype, device_map),
-        )
+        from .. import enable
+
+        enable("transformers")
+        tokenizer = load_tokenizer("FLOAT", float_model)
+        load = partial(load_model, "FLOAT", float_model, dtype, device_map)
         config = GPTQConfig(
             bits=bits,
             group_size=group_size,
+            damp_percent=damp,
             sym=sym,
             desc_act=desc_act,
-            dataset=calibration,
+            act_group_aware=act_group_aware and not desc_act,
+            dataset=calibration_data(text, tokenizer, length, samples, load),
             tokenizer=tokenizer,
-            bias_compensation={
-                **pass_settings(positions, sites),
-                "joint": joint,
-                "refine_steps": refine_steps,
-            },
+            bias_compensation=settings,
         )
-        model = load_model(float_model, dtype, device_map, quantization_config=config)
+        model = load(quantization_config=config)
         model.config.quantization_config.dataset = None  # tokens of the text: not to be published
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import BiasCompensationError
-from ..files import new_folder
+from ..files import check_out, new_folder
+from ..refinement.config import RefinementConfig
+from .arguments import check_loading, float_config, model_config, text_of
 from .inputs import calibration_data, load_model, load_tokenizer
 from .options import (
     CalibrationData,
@@ -20,6 +23,7 @@ from .options import (
     Samples,
 )
 from .sites import print_sites
+from .stopped import making
 
 
 def refine(
@@ -45,11 +49,6 @@ def refine(
 
     Example: `bc-plugin refine ./compensated ./SmolLM2-135M ./refined --dataset text.txt`
     """
-    from .. import Compensation, RefinementConfig, enable, record_float_logits
-    from .. import refine as run
-    from ..refinement.progress import delete_progress
-
-    enable("transformers")
     config = RefinementConfig(
         steps=steps,
         by=by,
@@ -57,15 +56,30 @@ def refine(
         gradient_checkpointing=gradient_checkpointing,
         mixed_precision=mixed_precision,
     )
+    check_out(out)
     started = out.with_name(f"{out.name}.refining")
-    with new_folder(out) as part:
-        tokenizer = load_tokenizer(float_model)
-        reference = load_model(float_model, dtype, device_map)
-        calibration = calibration_data(dataset, tokenizer, length, samples, lambda: reference)
+    if started.exists() and not started.is_dir():
+        raise BiasCompensationError(f"{started} is for progress, and is a file; name another OUT.")
+    model_config("COMPENSATED", compensated)
+    float_config(float_model)
+    again = f"the same command goes on from {started}"
+    with making(out, again), new_folder(out) as part:
+        check_loading(dtype, device_map)
+        text = text_of(dataset)
+
+        from .. import Compensation, enable, record_float_logits
+        from .. import refine as run
+        from ..refinement.progress import delete_progress
+
+        enable("transformers")
+        tokenizer = load_tokenizer("FLOAT", float_model)
+        load = partial(load_model, "FLOAT", float_model, dtype, device_map)
+        calibration = calibration_data(text, tokenizer, length, samples, load)
+        reference = load()
         if by == "model":  # what it predicts is all that is needed of it
             logits = started / "float_logits"
             reference = record_float_logits(reference, calibration, config, folder=logits)
-        model = load_model(str(compensated), dtype, device_map)
+        model = load_model("COMPENSATED", compensated, dtype, device_map)
         if Compensation.attached_to(model) is None:
             raise BiasCompensationError(
                 f"{compensated} is not compensated; start with `bc-plugin compensate`."

@@ -23,7 +23,7 @@ def print_sites(folder: Path, by_group: bool) -> None:
         shapes = dict.fromkeys(" x ".join(map(str, member["shape"])) for member in members)
         size = f"{sum(member['bytes'] for member in members):,}"
         table.add_row(short, members[0]["kind"], ", ".join(shapes), size, *means)
-    console = Console()
+    console = Console(markup=False)  # layers.[a] is a name
     console.print(table)
     console.print(
         f"{len(rows)} sites, {compensation.nbytes:,} bytes, positions={compensation.positions}, "
