@@ -27,9 +27,8 @@ def read_text(source: str) -> str:
     if source in NAMED and not path.exists():
         return _from_hub(source)
     if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise BiasCompensationError(
-            f"dataset {source!r} {what}, and is neither a file nor one of {sorted(NAMED)}; "
+            f"dataset {source!r} is neither a file nor one of {sorted(NAMED)}; "
             "pass the path of a .txt or .jsonl file. (Calibration data, though not what a model is "
             'evaluated on, may also be "self".)'
         )

@@ -51,7 +51,7 @@ def windows(
     if len(rows) == 0:
         raise BiasCompensationError(
             f"the text has {len(ids)} tokens; {skip} windows to skip and one to keep need "
-            f"{(skip + 1) * room}. Use a longer text or shorter windows."
+            f"{(skip + 1) * room}. Use a longer text, or shorter windows (--length)."
         )
     rows = [torch.cat([torch.tensor([start], dtype=row.dtype), row], dim=1) for row in rows]
     return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]

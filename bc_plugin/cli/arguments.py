@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from ..names import KEY
 from ..texts import read_text
 
 SELF = "self"  # the data set that the float model writes
+SAVED = "name a folder that `save_pretrained` wrote"
 HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
 DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu")
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 BITS = (2, 3, 4, 8)
 # Types that models are published in and that transformers computes with as they are.
 PUBLISHED = ("fp8", "mxfp4")
-WIDTHS = ("hidden_size", "intermediate_size", "n_embd", "ffn_dim")
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # those that gptqmodel has kernels for
 
 
 def one_of(option: str, value: Any, known: Sequence[Any]) -> None:
@@ -44,17 +46,26 @@ def check_loading(dtype: str, device_map: str) -> None:
             f"--device-map {device_map}: expected one of {', '.join(SPREAD + DEVICES)}, or a "
             "device with a number, such as cuda:0."
         )
-    if kind in DEVICES[1:]:
-        import torch
+    fault = _no_device(device_map) if kind in DEVICES[1:] else None
+    if fault is not None:
+        raise BiasCompensationError(
+            f"--device-map {device_map}: PyTorch has no such device here ({fault}). Use cpu, or "
+            "auto, which takes what there is."
+        )
 
-        try:
-            torch.empty(1, device=device_map)
-        except Exception as error:  # each backend has errors of its own
-            said = str(error).splitlines()[0]
-            raise BiasCompensationError(
-                f"--device-map {device_map}: PyTorch has no such device here ({said}). Use cpu, "
-                "or auto, which takes what there is."
-            ) from error
+
+def _no_device(device: str) -> str | None:
+    """Why tensors cannot be on a device; None where they can."""
+    version = metadata.version("torch")
+    if version.endswith("+cpu"):  # which need not be imported to know
+        return f"torch {version} is built for CPUs"
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:  # each backend has errors of its own
+        return str(error).splitlines()[0]
+    return None
 
 
 def model_config(argument: str, name: str | Path) -> dict[str, Any]:
@@ -63,18 +74,14 @@ def model_config(argument: str, name: str | Path) -> dict[str, Any]:
     Raises:
         BiasCompensationError: there is no such folder or name, or it is no checkpoint.
     """
-    folder, what = Path(name), f"{argument} {name}"
-    advice = "name a folder that `save_pretrained` wrote"
-    if not folder.is_dir():
-        if folder.exists():
-            raise BiasCompensationError(f"{what} is a file; {advice}.")
-        if isinstance(name, Path) or not re.fullmatch(HUB_NAME, name):
-            raise BiasCompensationError(f"{what} does not exist; {advice}.")
-        path = _config_on_hub(what, name)
+    if not Path(name).exists() and isinstance(name, str) and re.fullmatch(HUB_NAME, name):
+        path = _config_on_hub(argument, name)
     else:
-        path = folder / "config.json"
+        path = existing_folder(argument, Path(name)) / "config.json"
     if not path.is_file():
-        raise BiasCompensationError(f"{what} is no checkpoint: it has no config.json; {advice}.")
+        raise BiasCompensationError(
+            f"{argument} {name} is no checkpoint: it has no config.json; {SAVED}."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -87,7 +94,15 @@ def model_config(argument: str, name: str | Path) -> dict[str, Any]:
     return config
 
 
-def _config_on_hub(what: str, name: str) -> Path:
+def existing_folder(argument: str, folder: Path) -> Path:
+    """Raises: BiasCompensationError: there is no such folder."""
+    if not folder.is_dir():
+        fault = "is a file" if folder.exists() else "does not exist"
+        raise BiasCompensationError(f"{argument} {folder} {fault}; {SAVED}.")
+    return folder
+
+
+def _config_on_hub(argument: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
@@ -95,8 +110,8 @@ def _config_on_hub(what: str, name: str) -> Path:
     except Exception as error:  # no such name, no access, no network
         said = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise BiasCompensationError(
-            f"{what} is no folder, and the hub gives no model of that name ({said}); name a folder "
-            "that `save_pretrained` wrote, or a model that the hub, or its cache here, has."
+            f"{argument} {name} is no folder, and the hub gives no model of that name ({said}); "
+            f"{SAVED}, or a model that the hub, or its cache here, has."
         ) from error
 
 
@@ -118,22 +133,18 @@ def float_config(name: str) -> dict[str, Any]:
     return config
 
 
-def check_gptq(bits: int, group_size: int, damp: float, config: dict[str, Any]) -> None:
-    """Raises: BiasCompensationError: GPTQ cannot quantize so, or not such a model."""
+def check_gptq(
+    bits: int, group_size: int, damp: float, desc_act: bool, act_group_aware: bool | None
+) -> None:
+    """Raises: BiasCompensationError: GPTQ cannot quantize so, or nothing runs what it makes."""
     one_of("--bits", bits, BITS)
-    if group_size != -1 and group_size < 1:
-        raise BiasCompensationError(
-            f"--group-size {group_size}: expected a number above 0, such as 128, or -1 for rows."
-        )
+    one_of("--group-size", group_size, GROUP_SIZES)
     if not 0 < damp < 1:
         raise BiasCompensationError(f"--damp {damp}: expected a share above 0 and below 1.")
-    for name in WIDTHS:
-        width = config.get(name)
-        if group_size > 0 and isinstance(width, int) and width % group_size:
-            raise BiasCompensationError(
-                f"--group-size {group_size} does not divide FLOAT's {name}, {width}; use one that "
-                "does, such as 32, 64 or 128, or -1 for rows."
-            )
+    if desc_act and act_group_aware:
+        raise BiasCompensationError(
+            "--desc-act and --act-group-aware are two orders of the columns; leave one out."
+        )
 
 
 def text_of(dataset: str, or_written: bool = True) -> str | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..files import new_folder
+from ..files import check_out, new_folder
 from .arguments import check_loading, float_config, model_config, text_of
 from .inputs import calibration_data, load_model, load_tokenizer, pass_settings
 from .options import (
@@ -44,12 +44,12 @@ def compensate(
     Example: `bc-plugin compensate ./gptq ./SmolLM2-135M ./out --dataset text.txt --positions 0`
     """
     settings = pass_settings(positions, sites)
+    check_out(out)
     model_config("QUANTIZED", quantized)
     float_config(float_model)
+    check_loading(dtype, device_map)
+    text = text_of(dataset)
     with making(out), new_folder(out) as part:
-        check_loading(dtype, device_map)
-        text = text_of(dataset)
-
         from .. import Compensation, enable
         from .. import compensate as run
 

@@ -18,7 +18,6 @@ from .options import (
     Dataset,
     DeviceMap,
     Dtype,
-    Length,
 )
 
 
@@ -30,7 +29,7 @@ def evaluate(
         bool, typer.Option("--without-compensation", help="Take the vectors out first.")
     ] = False,
     tokens: Annotated[int, typer.Option(min=1, help="About how many tokens to evaluate.")] = 12288,
-    length: Length = 512,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
     dtype: Dtype = "auto",
     device_map: DeviceMap = "auto",

@@ -27,7 +27,8 @@ def load_model(argument: str, name: str | Path, dtype: str, device_map: str, **k
     """
     from transformers import AutoModelForCausalLM
 
-    with loading(argument, name):
+    done = "quantized" if "quantization_config" in kwargs else "loaded"
+    with _told(argument, name, done, "a causal language model that transformers loads"):
         return AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map=device_map, **kwargs
         ).eval()
@@ -37,26 +38,25 @@ def load_tokenizer(argument: str, name: str | Path) -> Any:
     """Raises: BiasCompensationError: it cannot be loaded."""
     from transformers import AutoTokenizer
 
-    with loading(f"the tokenizer of {argument}", name):
+    with _told(f"the tokenizer of {argument}", name, "loaded", "its files beside the weights"):
         return AutoTokenizer.from_pretrained(name)
 
 
 @contextmanager
-def loading(what: str, name: str | Path) -> Iterator[None]:
-    """Errors of transformers, which are of all kinds, say what was to be loaded."""
+def _told(what: str, name: str | Path, done: str, expected: str) -> Iterator[None]:
+    """Errors of transformers, which are of all kinds, say what was to be done with what."""
     try:
         yield
     except BiasCompensationError:
         raise
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         damaged = [str(path) for path in sorted(Path(name).glob("*.safetensors")) if _broken(path)]
         if damaged:
             said = f"{', '.join(damaged)} is damaged; {said}"
-        advice = "get it again from where it came from" if Path(name).is_dir() else "name a folder"
         raise BiasCompensationError(
-            f"{what}, {name}, cannot be loaded ({said}). Expected a causal language model that "
-            f"transformers loads; {advice}."
+            f"{what}, {name}, cannot be {done} ({said}). Expected {expected}; name another, or get "
+            "it again from where it came from."
         ) from error
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import model_config
+from .arguments import existing_folder
 from .sites import print_sites
 
 
@@ -21,5 +21,5 @@ def inspect(
 
     Example: `bc-plugin inspect ./out`
     """
-    model_config("MODEL", model)
+    existing_folder("MODEL", model)
     print_sites(model, by_group=not all_sites)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,7 +26,7 @@ from .stopped import making
 
 
 def refine(
-    compensated: Annotated[Path, typer.Argument(metavar="COMPENSATED", help="A checkpoint.")],
+    compensated: Annotated[str, typer.Argument(metavar="COMPENSATED", help="A checkpoint.")],
     float_model: FloatModel,
     out: Out,
     dataset: CalibrationData,
@@ -62,11 +61,10 @@ def refine(
         raise BiasCompensationError(f"{started} is for progress, and is a file; name another OUT.")
     model_config("COMPENSATED", compensated)
     float_config(float_model)
+    check_loading(dtype, device_map)
+    text = text_of(dataset)
     again = f"the same command goes on from {started}"
     with making(out, again), new_folder(out) as part:
-        check_loading(dtype, device_map)
-        text = text_of(dataset)
-
         from .. import Compensation, enable, record_float_logits
         from .. import refine as run
         from ..refinement.progress import delete_progress
