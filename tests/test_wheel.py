@@ -31,11 +31,12 @@ for name in ["bc_plugin", *names]:
     print(name, sys.modules[name].__file__)
 print(*(name for name in sys.modules if name in {extras}))
 """
-HELP = """
+COMMAND = """
 import runpy
-sys.argv = ["bc-plugin", "--help"]
+sys.argv = ["bc-plugin", {argument!r}]
 runpy.run_path({script!r}, run_name="__main__")
 """
+ARGUMENTS = ("--help", "--version")
 EXTRAS = {"transformers", "optimum", "gptqmodel", "auto_gptq", "awq", "datasets", "accelerate"}
 
 
@@ -114,6 +115,8 @@ def test_every_module_is_imported_from_the_wheel_and_needs_no_extra(installed, f
     assert extras == ""
 
 
-def test_the_command_runs(installed):
+def test_the_command_runs(wheel, installed):
     script = installed / "bin" / "bc-plugin"
-    assert "compensate" in _run(HELP.format(script=str(script)), installed)
+    said = {a: _run(COMMAND.format(script=str(script), argument=a), installed) for a in ARGUMENTS}
+    assert "compensate" in said["--help"]
+    assert wheel.name.startswith(f"bc_plugin-{said['--version'].strip()}-")

@@ -77,7 +77,7 @@ def model_config(argument: str, name: str | Path) -> dict[str, Any]:
     if not Path(name).exists() and isinstance(name, str) and re.fullmatch(HUB_NAME, name):
         path = _config_on_hub(argument, name)
     else:
-        path = existing_folder(argument, Path(name)) / "config.json"
+        path = existing_folder(argument, name) / "config.json"
     if not path.is_file():
         raise BiasCompensationError(
             f"{argument} {name} is no checkpoint: it has no config.json; {SAVED}."
@@ -94,11 +94,12 @@ def model_config(argument: str, name: str | Path) -> dict[str, Any]:
     return config
 
 
-def existing_folder(argument: str, folder: Path) -> Path:
+def existing_folder(argument: str, name: str | Path) -> Path:
     """Raises: BiasCompensationError: there is no such folder."""
+    folder = Path(name)
     if not folder.is_dir():
         fault = "is a file" if folder.exists() else "does not exist"
-        raise BiasCompensationError(f"{argument} {folder} {fault}; {SAVED}.")
+        raise BiasCompensationError(f"{argument} {name} {fault}; {SAVED}.")
     return folder
 
 
