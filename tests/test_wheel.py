@@ -74,8 +74,12 @@ def _pip(*arguments: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(source, files) -> Path:
+    """Made of the source package, as ``make dist`` does."""
     folder = source.parent
-    _pip("wheel", "--no-build-isolation", "--wheel-dir", folder, source)
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True)
+    (packed,) = folder.glob("*.tar.gz")
+    _pip("wheel", "--no-build-isolation", "--wheel-dir", folder, packed)
     (found,) = folder.glob("*.whl")
     return found
 
