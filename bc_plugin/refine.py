@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .calibration.items import checked_items, vocabulary_of
 from .errors import BiasCompensationError
 from .models.float_blocks import BlockSnapshot
 from .models.modules import copy_of, device_of, dtype_of
@@ -82,9 +83,8 @@ def record_float_logits(
             for the same batch are kept.
     """
     config = config or RefinementConfig()
-    return FloatLogits.record(
-        float_model, RefinementData(calibration, config).batches, folder, config.top_k
-    )
+    data = RefinementData(checked_items(calibration, vocabulary_of(float_model)), config)
+    return FloatLogits.record(float_model, data.batches, folder, config.top_k)
 
 
 def train_vectors(
@@ -115,7 +115,7 @@ def train_vectors(
             "mixed_precision='bf16' needs a model in float32 or bfloat16 on a CPU, where PyTorch's "
             "autocast takes no float16; load the model with dtype=torch.float32."
         )
-    data = RefinementData(calibration, config)
+    data = RefinementData(checked_items(calibration, vocabulary_of(model)), config)
     check_source(float_model, data, config)
     # Saving rounds the errors, which decide how far steps go: from here on it makes no difference.
     start = Compensation.from_entry(compensation.entry(), compensation.vectors)
