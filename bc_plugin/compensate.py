@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .calibration.batches import calibration_batches
+from .calibration.items import checked_items, vocabulary_of
 from .calibration.stream import prepare_stream
 from .config import BiasCompensationConfig
 from .errors import BiasCompensationError
@@ -115,7 +116,7 @@ class _Pass:
         copy_to_run: Callable[[nn.Module], nn.Module],
     ) -> None:
         self.model, self.float_model, self.config = model, float_model, config
-        self.calibration = list(calibration)
+        self.calibration = checked_items(calibration, vocabulary_of(model))
         self.rescalings, self.copy_to_run = rescalings, copy_to_run
         self.live = isinstance(float_model, nn.Module)
         self.lists = (

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .calibration.items import checked_items, vocabulary_of
 from .errors import BiasCompensationError
 from .models.blocks import find_block_lists
 from .models.float_blocks import BlockSnapshot
@@ -93,9 +94,8 @@ def record_float_logits(
     """
     require_float(float_model)
     config = config or RefinementConfig()
-    return FloatLogits.record(
-        float_model, RefinementData(calibration, config).batches, folder, config.top_k
-    )
+    data = RefinementData(checked_items(calibration, vocabulary_of(float_model)), config)
+    return FloatLogits.record(float_model, data.batches, folder, config.top_k)
 
 
 def train_vectors(
@@ -126,7 +126,7 @@ def train_vectors(
             "mixed_precision='bf16' needs a model in float32 or bfloat16 on a CPU, where PyTorch's "
             "autocast takes no float16; load the model with dtype=torch.float32."
         )
-    data = RefinementData(calibration, config)
+    data = RefinementData(checked_items(calibration, vocabulary_of(model)), config)
     check_source(float_model, model, data, config)
     # Saving rounds the errors, which decide how far steps go: from here on it makes no difference.
     start = Compensation.from_entry(compensation.entry(), compensation.vectors)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from ..files import new_folder
+from ..files import check_out, new_folder
+from .arguments import check_loading, float_config, model_config, text_of
 from .inputs import (
     calibration_data,
     load_as_stored,
@@ -27,6 +29,7 @@ from .options import (
 )
 from .outputs import write
 from .sites import print_sites
+from .stopped import making
 
 
 def compensate(
@@ -47,16 +50,22 @@ def compensate(
 
     Example: `bc-plugin compensate ./gptq ./SmolLM2-135M ./out --dataset text.txt --positions 0`
     """
-    from .. import Compensation, enable
-    from .. import compensate as run
-
-    enable("transformers")
     settings = pass_settings(positions, sites)
-    with new_folder(out) as part:
-        tokenizer = load_tokenizer(float_model)
-        reference = load_model(float_model, dtype, device_map)
-        calibration = calibration_data(dataset, tokenizer, length, samples, lambda: reference)
-        model = load_as_stored(quantized, dtype, device_map)
+    check_out(out)
+    model_config("QUANTIZED", quantized)
+    float_config(float_model)
+    check_loading(dtype, device_map)
+    text = text_of(dataset)
+    with making(out), new_folder(out) as part:
+        from .. import Compensation, enable
+        from .. import compensate as run
+
+        enable("transformers")
+        tokenizer = load_tokenizer("FLOAT", float_model)
+        load = partial(load_model, "FLOAT", float_model, dtype, device_map)
+        calibration = calibration_data(text, tokenizer, length, samples, load)
+        reference = load()
+        model = load_as_stored("QUANTIZED", quantized, dtype, device_map)
         before = Compensation.attached_to(model)
         if before is not None:
             before.detach(model)
