@@ -59,13 +59,13 @@ def refine(
         gradient_checkpointing=gradient_checkpointing,
         mixed_precision=mixed_precision,
     )
-    started = out.with_name(f"{out.name}.refining")
-    _tidy(out, started)
+    _tidy(out)
     check_out(out)
+    started = _progress_of(out)
     if started.exists() and not started.is_dir():
         raise BiasCompensationError(f"{started} is for progress, and is a file; name another OUT.")
-    _require_compensated(compensated)
     float_config(float_model)
+    _require_compensated(compensated)
     check_loading(dtype, device_map)
     text = text_of(dataset)
     again = f"the same command goes on from {started}"
@@ -94,10 +94,15 @@ def refine(
     print_sites(out, by_group=True)
 
 
-def _tidy(out: Path, started: Path) -> None:
+def _progress_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.refining")
+
+
+def _tidy(out: Path) -> None:
     """Delete the progress of a run that was killed once its result was in place."""
-    if not (out.exists() and started.exists()):
+    if not (out.name and out.exists() and _progress_of(out).exists()):
         return
+    started = _progress_of(out)
     from .. import Compensation
     from ..refinement.progress import delete_progress, is_in_place
 

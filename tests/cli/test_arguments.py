@@ -25,7 +25,7 @@ for arguments in json.loads(sys.argv[1]):
 TEXT = ("--dataset", "text.txt")
 QUANTIZE = ("quantize", "float", "new", *TEXT)
 COMPENSATE = ("compensate", "quantized", "float", "new", *TEXT)
-REFINE = ("refine", "quantized", "float", "new", *TEXT)
+REFINE = ("refine", "compensated", "float", "new", *TEXT)
 EVALUATE = ("evaluate", "float", *TEXT)
 EXPORT = ("export", "quantized", "new")
 
@@ -48,6 +48,7 @@ SAID = [
     (("quantize", "quantized", "new", *TEXT), r"FLOAT quantized is quantized \(gptq\); expected"),
     (("compensate", "float", "quantized", "new", *TEXT), r"FLOAT .*arguments in the order"),
     (("refine", "float", "quantized", "new", *TEXT), r"FLOAT .*arguments in the order"),
+    (("refine", "quantized", "float", "new", *TEXT), r"quantized is not compensated.* entry"),
     (("compensate", "quantized", "compensated", "new", *TEXT), r"FLOAT compensated is compensated"),
     (("compensate", "none/", "float", "new", *TEXT), r"QUANTIZED none/ does not exist"),
     (("refine", "./none", "float", "new", *TEXT), r"COMPENSATED \./none does not exist"),
@@ -73,7 +74,7 @@ SAID = [
     (_data("cut.jsonl"), r"'cut.jsonl', line 1 is not JSON .*expected one object a line"),
     (("quantize", "float", "new", "--dataset", "table.csv"), r"dataset 'table.csv' is a .csv"),
     (("compensate", "quantized", "float", "new", "--dataset", "none"), r"'none' is neither a"),
-    (("refine", "quantized", "float", "new", "--dataset", "none"), r"'none' is neither a file"),
+    (("refine", "compensated", "float", "new", "--dataset", "none"), r"'none' is neither a file"),
     # Settings.
     ((*QUANTIZE, "--bits", "5"), r"--bits 5: expected one of 2, 3, 4, 8\."),
     ((*QUANTIZE, "--group-size", "100"), r"--group-size 100: expected one of -1, 16, 32, 64, 128"),
@@ -102,9 +103,9 @@ SAID = [
     (("quantize", "float", "float", *TEXT), r"float exists already; name a folder that does not"),
     (("quantize", "float", "float", "--dataset", "none"), r"float exists already"),
     (("compensate", "quantized", "float", "empty", *TEXT), r"empty exists already"),
-    (("refine", "quantized", "float", ".", *TEXT), r"\. exists already"),
+    (("refine", "compensated", "float", ".", *TEXT), r"\. exists already"),
     (("export", "quantized", "text.txt"), r"text.txt exists already"),
-    (("refine", "quantized", "float", "old", *TEXT), r"old.refining is for progress, and is a f"),
+    (("refine", "compensated", "float", "old", *TEXT), r"old.refining is for progress, and is a f"),
     (("quantize", "float", "text.txt/new", *TEXT), r"text.txt/new cannot be made: .*may write to"),
 ]
 USAGE = [

@@ -59,13 +59,14 @@ NOTHING, AGAIN = "nothing was written", "the same command goes on from new.refin
     [
         (("quantize", "float", "new"), NOTHING),
         (("compensate", "quantized", "float", "new"), NOTHING),
-        (("refine", "quantized", "float", "new"), AGAIN),
+        (("refine", "compensated", "float", "new"), AGAIN),
     ],
 )
 def test_a_signal_is_one_line_that_says_how_to_go_on(tmp_path, command, left, number):
-    for name in ("float", "quantized"):
+    configs = {"float": "{}", "quantized": "{}", "compensated": '{"bias_compensation": {}}'}
+    for name, config in configs.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "config.json").write_text(config)
     (tmp_path / "text.txt").write_text("text")
     before = sorted(tmp_path.iterdir())
     arguments = [sys.executable, "-c", WAITING, *command, "--dataset", "text.txt"]
