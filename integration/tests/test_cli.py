@@ -40,6 +40,7 @@ def folder(tmp_path_factory):
     _run(
         *("quantize", folder / "float", folder / "out", "--dataset", folder / "text.txt"),
         *("--bits", 3, "--group-size", 32, "--samples", 8, *DATA),
+        *("--damp", 0.01, "--no-act-group-aware", "--no-sym"),
     )
     bc_plugin.disable()
     return folder
@@ -49,6 +50,8 @@ def test_quantize_writes_a_compensated_checkpoint(folder):
     assert len(Compensation.load(folder / "out").vectors) == 16
     config = json.loads((folder / "out" / "config.json").read_text())
     assert config["quantization_config"]["dataset"] is None
+    as_published = {"damp_percent": 0.01, "act_group_aware": False, "sym": False}
+    assert as_published.items() <= config["quantization_config"].items()
     assert (folder / "out" / "tokenizer.json").is_file()
 
 
