@@ -16,7 +16,7 @@ from bc_plugin.supported import SUPPORTED
 from bc_plugin.toolkits.awq import scales_are_applied
 from bc_plugin.toolkits.flag import asked_by, config_of, config_to_dict, is_entry, set_flag
 from bc_plugin.toolkits.joint import centred_inputs, weight_of
-from bc_plugin.toolkits.load import attach_held, hold_for
+from bc_plugin.toolkits.load import attach_held, hold_for, look_at, reading_weights
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
 from bc_plugin.toolkits.save import plain_vectors, put_vectors, saved_whole, take_vectors
@@ -199,6 +199,13 @@ def _from_quantized(wrapped, cls, args, kwargs):
     return qmodel
 
 
+def _get_checkpoints(wrapped, instance, args, kwargs):
+    with reading_weights(argument("model_id_or_path", 0, args, kwargs)):
+        sharded, file, basename = wrapped(*args, **kwargs)
+    look_at(file)
+    return sharded, file, basename
+
+
 def _load_checkpoint(wrapped, instance, args, kwargs):
     result = wrapped(*args, **kwargs)
     hold_for(argument("model", 0, args, kwargs), argument("checkpoint", 1, args, kwargs))
@@ -240,6 +247,7 @@ GPTQMODEL = Toolkit(
     ),
     loading=(
         Patch(f"{MODEL}.from_quantized", _from_quantized, ("model_id_or_path",)),
+        Patch(f"{LOADER}:get_checkpoints", _get_checkpoints, ("model_id_or_path",)),
         Patch(
             f"{LOADER}:load_checkpoint_in_model_then_tie_weights",
             _load_checkpoint,

@@ -17,10 +17,10 @@ from ..vectors.checkpoint import (
     checkpoint_files,
     naming,
     read_vectors,
-    require_files,
+    require_bound,
 )
 from ..vectors.compensation import Compensation
-from ..vectors.settings import read_settings, require_settings
+from ..vectors.settings import read_settings
 from ..vectors.weights import keep_weights
 
 R = TypeVar("R")
@@ -28,6 +28,9 @@ R = TypeVar("R")
 # The files of the checkpoint that a loader is reading, where it tells of them.
 files_read: ContextVar[tuple[Path, ...] | None] = ContextVar("files_read", default=None)
 
+_looked_at: ContextVar[tuple[Path, Compensation | None] | None] = ContextVar(
+    "_looked_at", default=None
+)
 _keeps_weights: ContextVar[bool] = ContextVar("_keeps_weights", default=False)
 
 
@@ -62,8 +65,7 @@ def read_compensation(
         vectors = read_vectors(files)
         with naming(files):
             compensation = Compensation.from_entry(entry, vectors)
-        require_settings(entry, folder)
-        require_files(entry, files)
+        require_bound(entry, files)
         return compensation
     try:  # only safetensors files can be looked into without reading all of them
         vectors = read_vectors(file for file in files if str(file).endswith(".safetensors"))
@@ -90,9 +92,10 @@ def reading_weights(checkpoint: str | Path) -> Iterator[None]:
     except Exception as error:
         if not Path(checkpoint).is_dir() or read_settings(checkpoint).get(KEY) is None:
             raise
+        names = ", ".join(sorted(path.name for path in Path(checkpoint).glob("*.safetensors*")))
         raise BiasCompensationError(
-            f"the weights in {checkpoint} cannot be found or read ({error}), or the index of them; "
-            "download or save the checkpoint again."
+            f"the weights in {checkpoint} ({names}) cannot be found or read: {error}; download or "
+            "save the checkpoint again."
         ) from error
 
 
@@ -107,6 +110,16 @@ def load_if_any(checkpoint: str | Path) -> Compensation | None:
     return read_compensation(entry, checkpoint_files(path))
 
 
+def look_at(checkpoint: str | Path) -> None:
+    """Check what can be checked of a checkpoint before its loader stumbles over it.
+
+    Args:
+        checkpoint: As ``load_if_any`` has it.
+    """
+    path = Path(checkpoint)
+    _looked_at.set((path, load_if_any(path)))
+
+
 def hold_for(model: nn.Module, checkpoint: str | Path) -> None:
     """Check the compensation of a checkpoint just read, and keep it until ``attach_held``.
 
@@ -115,7 +128,9 @@ def hold_for(model: nn.Module, checkpoint: str | Path) -> None:
     Args:
         checkpoint: As ``load_if_any`` has it.
     """
-    compensation = load_if_any(checkpoint)
+    seen = _looked_at.get()
+    known = seen is not None and seen[0] == Path(checkpoint)
+    compensation = seen[1] if known else load_if_any(checkpoint)
     if compensation is not None:
         compensation.check(model)
         mark(model, compensation)

@@ -14,11 +14,11 @@ from torch import nn
 from ..errors import BiasCompensationError
 from ..files import written_whole
 from ..models.repacked import require_as_stored
-from ..names import FILES_DIGEST, KEY, SETTINGS_DIGEST
-from ..vectors.checkpoint import checkpoint_files, files_digest, read_vectors
+from ..names import KEY
+from ..vectors.checkpoint import bound_to, checkpoint_files, read_vectors
 from ..vectors.compensation import Compensation
 from ..vectors.entry import vectors_digest
-from ..vectors.settings import CONFIG, SETTINGS, read_json, settings_digest
+from ..vectors.settings import CONFIG, SETTINGS, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Stamps = dict[str, tuple[int, int]]
@@ -60,11 +60,7 @@ def saved_whole(model: nn.Module, folder: str | Path) -> Iterator[Compensation |
 
 def write_entry(folder: Path, entry: dict[str, Any]) -> None:
     """Put the entry into the settings of a checkpoint, bound to those and to its weights."""
-    entry = {
-        **entry,
-        FILES_DIGEST: files_digest(checkpoint_files(folder)),
-        SETTINGS_DIGEST: settings_digest(folder),
-    }
+    entry = bound_to(folder, entry)
     for name in (CONFIG, SETTINGS):
         path = folder / name
         if not path.is_file():

@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import BiasCompensationError
-from ..names import FILE, FILES_DIGEST, KEY, SUFFIX
+from ..names import FILE, FILES_DIGEST, KEY, SETTINGS_DIGEST, SUFFIX
 from .fingerprint import fingerprint
-from .settings import read_json
+from .settings import read_json, require_settings, settings_digest
 
 # In the order in which transformers looks for them; toolkits' own names come after these.
 _KNOWN = (
@@ -170,8 +170,21 @@ def files_digest(files: Iterable[str | Path]) -> str:
     return digest.hexdigest()
 
 
-def require_files(entry: Mapping[str, Any], files: Iterable[str | Path]) -> None:
-    """Make sure that an entry was written with these files' weights.
+def bound_to(folder: str | Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry with what binds it to the checkpoint in ``folder``: its weights and its settings.
+
+    Raises:
+        BiasCompensationError: a file of it is damaged.
+    """
+    return {
+        **entry,
+        FILES_DIGEST: files_digest(checkpoint_files(folder)),
+        SETTINGS_DIGEST: settings_digest(folder),
+    }
+
+
+def require_bound(entry: Mapping[str, Any], files: Iterable[str | Path]) -> None:
+    """Make sure that an entry was written with these files' weights, and the settings beside them.
 
     An entry that was saved without ``bc_plugin.enable()`` does not say.
 
@@ -181,11 +194,12 @@ def require_files(entry: Mapping[str, Any], files: Iterable[str | Path]) -> None
     expected, files = entry.get(FILES_DIGEST), list(files)
     if expected is None:
         return
+    require_settings(entry, Path(files[0]).parent)
     digest = files_digest(files)
     if digest != expected:
         raise BiasCompensationError(
-            f"the weights in {named(files)} are not those that the {KEY} entry of the config was "
-            f"written with: their digest is {digest}, expected {expected}. A file is damaged, "
-            "or of another save, or a tensor was changed since; download or save the checkpoint "
-            "again, or compensate it again."
+            f"the weights in {named(files)} are not those that its {KEY} entry was written with: "
+            f"their digest is {digest}, expected {expected}. A file is damaged, or of another "
+            "save, or a tensor was changed since; download or save the checkpoint again, or "
+            "compensate it again."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,17 @@ from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
 from ..files import written_whole
-from ..names import FILE, KEY, SUFFIX
+from ..names import FILE, FILES_DIGEST, KEY, SUFFIX
 from .attach import attach, attached_to, detach
 from .check import check
-from .checkpoint import checkpoint_files, naming, read_metadata, read_vectors
+from .checkpoint import (
+    bound_to,
+    checkpoint_files,
+    naming,
+    read_metadata,
+    read_vectors,
+    require_bound,
+)
 from .contents import Contents
 from .entry import entry_of, read_entry
 from .joint import mark_joint
@@ -90,13 +98,17 @@ class Compensation(Contents):
     def save(self, folder: str | Path) -> Path:
         """Write the vectors alone, to ``bias_compensation.safetensors`` in ``folder``.
 
+        Beside a checkpoint they are bound to its files: ``load`` then refuses others.
+
         Returns:
             The file's path.
         """
-        path = Path(folder) / FILE
+        path, entry = Path(folder) / FILE, self.entry()
+        with suppress(BiasCompensationError):  # whatever else is there may be anything
+            entry = bound_to(folder, entry) if checkpoint_files(folder) else entry
         tensors = {name + SUFFIX: v.contiguous().cpu() for name, v in self.vectors.items()}
         with written_whole(path) as part:
-            save_file(tensors, part, metadata={"format": "pt", KEY: json.dumps(self.entry())})
+            save_file(tensors, part, metadata={"format": "pt", KEY: json.dumps(entry)})
         return path
 
     @classmethod
@@ -114,6 +126,8 @@ class Compensation(Contents):
             files = checkpoint_files(folder)
         elif files[0].is_file():
             entry = read_metadata(files[0]).get(KEY)
+            if FILES_DIGEST in (entry or ()):
+                require_bound(entry, checkpoint_files(folder))
         if entry is None:
             raise BiasCompensationError(
                 f"{folder} holds no compensation: there is no {KEY} entry in the "
