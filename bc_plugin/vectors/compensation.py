@@ -126,7 +126,7 @@ class Compensation(Contents):
             files = checkpoint_files(folder)
         elif files[0].is_file():
             entry = read_metadata(files[0]).get(KEY)
-            if FILES_DIGEST in (entry or ()):
+            if isinstance(entry, dict) and FILES_DIGEST in entry:
                 require_bound(entry, checkpoint_files(folder))
         if entry is None:
             raise BiasCompensationError(
