@@ -17,6 +17,7 @@ from bc_plugin.toolkits.load import attach_around, files_read, read_compensation
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, is_running, run_compensated
 from bc_plugin.vectors.checkpoint import read_settings
+from bc_plugin.vectors.joint import note_saved_without
 
 # Config
 
@@ -101,7 +102,14 @@ def _find_params(wrapped, quantizer, args, kwargs):
         quantizer.scale[wraps] *= quantizer.maxq / (quantizer.maxq - 1)
 
 
-# Saving: nothing to do, it writes the model's state dict and the config's to_dict
+# Saving: it writes the model's state dict and the config's to_dict
+
+
+def _save_quantized(wrapped, gptq, args, kwargs):
+    if gptq.quantized:  # else it is refused, and the request may be needed yet
+        gptq.quantize_config = config_of(gptq.model, gptq.quantize_config)
+    return wrapped(*args, **kwargs)
+
 
 # Loading
 
@@ -113,9 +121,7 @@ def _from_quantized(wrapped, cls, args, kwargs):
     finally:
         files_read.reset(token)
     # Saving it again writes what its own config says.
-    entry = getattr(gptq.model.config, "quantization_config", {}).get(KEY)
-    if entry is not None:
-        set_flag(gptq.quantize_config, entry)
+    gptq.quantize_config = config_of(gptq.model, gptq.quantize_config)
     return gptq
 
 
@@ -139,6 +145,7 @@ def _post_init(wrapped, instance, args, kwargs):
             "load it with transformers and gptqmodel, or quantize with AutoGPTQ."
         )
     model = argument("model", 0, args, kwargs)
+    note_saved_without(settings.get(KEY), model)
     return attach_around(lambda: wrapped(*args, **kwargs), model, compensation)
 
 
@@ -164,6 +171,7 @@ AUTO_GPTQ = Toolkit(
         Patch(f"{GPTQ}.fasterquant", _fasterquant),
         Patch(f"{QUANTIZER}.find_params", _find_params),
     ),
+    saving=(Patch(f"{MODEL}.save_quantized", _save_quantized, ("save_dir",)),),
     loading=(
         Patch(f"{MODEL}.from_quantized", _from_quantized, ("model_name_or_path",)),
         Patch(f"{BASE}:get_checkpoints", _get_checkpoints, ("model_name_or_path",)),

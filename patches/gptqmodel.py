@@ -21,6 +21,8 @@ from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
 from bc_plugin.toolkits.save import plain_vectors, put_vectors, take_vectors
 from bc_plugin.vectors import Compensation
 from bc_plugin.vectors.checkpoint import read_settings
+from bc_plugin.vectors.joint import saved_without
+from bc_plugin.vectors.sealed import unseal
 
 # Config
 
@@ -33,6 +35,12 @@ def _make_config(wrapped, cls, args, kwargs):
     config = wrapped(*args, **kwargs)
     set_flag(config, flag)
     return config
+
+
+def _config_from_dict(wrapped, cls, args, kwargs):
+    settings = unseal(argument("quantize_cfg", 0, args, kwargs))
+    others = {name: value for name, value in kwargs.items() if name != "quantize_cfg"}
+    return wrapped(settings, *args[1:], **others)
 
 
 # Quantizing
@@ -156,6 +164,8 @@ def _gptq_quantize(wrapped, gptq, args, kwargs):
 
 def _save_quantized(wrapped, qmodel, args, kwargs):
     model = qmodel.model
+    if qmodel.quantized:  # else it is refused, and the request may be needed yet
+        qmodel.quantize_config = config_of(model, qmodel.quantize_config)
     with plain_vectors(model) as compensation:
         result = wrapped(*args, **kwargs)
     if compensation is not None and qmodel.model is not model:  # it has loaded itself anew
@@ -167,7 +177,7 @@ def _save_quantized(wrapped, qmodel, args, kwargs):
 def _model_to_save(wrapped, qmodel, args, kwargs):
     model = wrapped(*args, **kwargs)
     entry = getattr(qmodel.quantize_config, KEY, None)
-    if is_entry(entry):
+    if is_entry(entry) and not saved_without(entry):
         put_vectors(load_if_any(qmodel.model_local_path), model)
     return model
 
@@ -180,7 +190,7 @@ def _from_quantized(wrapped, cls, args, kwargs):
     entry = read_settings(qmodel.model_local_path).get(KEY)
     if entry is None:
         return qmodel
-    if Compensation.attached_to(qmodel.model) is None:
+    if Compensation.attached_to(qmodel.model) is None and not saved_without(entry):
         raise BiasCompensationError(
             f"{qmodel.model_local_path} is compensated, but this backend of GPTQModel loads "
             "weights in a way of its own; choose another backend, or load with transformers."
@@ -214,6 +224,9 @@ GPTQMODEL = Toolkit(
     config=(
         Patch(f"{CONFIG}:QuantizeConfigMeta.__call__", _make_config, ("kwargs",)),
         Patch(f"{CONFIG}:BaseQuantizeConfig.to_dict", config_to_dict),
+        Patch(
+            f"{CONFIG}:BaseQuantizeConfig.from_quant_config", _config_from_dict, ("quantize_cfg",)
+        ),
     ),
     quantizing=(
         Patch(f"{MODEL}.quantize", _quantize, ("calibration",)),

@@ -14,12 +14,14 @@ from bc_plugin.toolkits.flag import asked_by, is_entry, set_flag
 from bc_plugin.toolkits.load import attach_held, hold_for
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
-from bc_plugin.vectors import Compensation
+from bc_plugin.vectors.joint import entry_to_save
+from bc_plugin.vectors.sealed import seal, unseal
 
 # Config
 
 
 def _init(wrapped, quantizer, args, kwargs):
+    kwargs = unseal(kwargs)
     wrapped(*args, **kwargs)
     set_flag(quantizer, kwargs.get(KEY))
     if is_entry(getattr(quantizer, KEY, None)):  # a request is nobody's who reads a checkpoint
@@ -56,8 +58,8 @@ def _as_quantized(block, quantizer, model):
 
 def _save(wrapped, quantizer, args, kwargs):
     model, folder = argument("model", 0, args, kwargs), argument("save_dir", 1, args, kwargs)
-    compensation = Compensation.attached_to(model)
-    if compensation is None:
+    entry = entry_to_save(model)
+    if entry is None:
         return wrapped(*args, **kwargs)
     config = getattr(model.config, "quantization_config", None)
     converts = quantizer.sym and getattr(quantizer, "format", None) == "gptq_v2"
@@ -68,7 +70,7 @@ def _save(wrapped, quantizer, args, kwargs):
     result = wrapped(*args, **kwargs)
     # The model's config.json has its entry; the quantizer may have quantized other models since.
     path = Path(folder, GPTQ_CONFIG)
-    settings = {**json.loads(path.read_text(encoding="utf-8")), KEY: compensation.entry()}
+    settings = seal({**json.loads(path.read_text(encoding="utf-8")), KEY: entry})
     path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
     return result
 

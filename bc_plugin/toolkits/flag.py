@@ -15,12 +15,13 @@ from torch import nn
 from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
 from ..names import KEY
-from ..vectors.compensation import Compensation
+from ..vectors.joint import WITHOUT, entry_to_save
+from ..vectors.sealed import seal
 
 
 def is_entry(value: Any) -> bool:
     """Whether ``value`` is what a compensated checkpoint stores, not a request to compensate."""
-    return isinstance(value, Mapping) and "digest" in value
+    return isinstance(value, Mapping) and not {"digest", WITHOUT}.isdisjoint(value)
 
 
 def set_flag(config: Any, value: Any) -> None:
@@ -49,8 +50,9 @@ def asked(value: Any) -> BiasCompensationConfig | None:
         BiasCompensationError: ``value`` is an entry.
     """
     if is_entry(value):
+        digest = str(value.get("digest"))[:8]
         raise BiasCompensationError(
-            f"{KEY} is the entry of a compensated checkpoint (digest {value['digest'][:8]}...), "
+            f"{KEY} is the entry of a compensated checkpoint (digest {digest}...), "
             "which tells of its vectors and asks for none. To quantize with compensation pass "
             "True, a dict such as {'positions': 1} or a BiasCompensationConfig; to quantize "
             f"without it leave {KEY} out."
@@ -71,25 +73,25 @@ def asked_by(config: Any, kwargs: dict[str, Any] | None = None) -> BiasCompensat
 
 
 def config_of(model: nn.Module, config: Any) -> Any:
-    """The config of a model just quantized: a copy, with the model's entry where the request was.
+    """The config of a quantized model: a copy, with the model's entry where the request was.
 
     The config itself, where there is neither.
     """
-    compensation = Compensation.attached_to(model)
-    if compensation is None and not hasattr(config, KEY):
+    entry = entry_to_save(model)
+    if entry is None and not hasattr(config, KEY):
         return config
     config = copy.copy(config)
     vars(config).pop(KEY, None)
-    set_flag(config, None if compensation is None else compensation.entry())
+    set_flag(config, entry)
     return config
 
 
 def config_to_dict(wrapped, config, args, kwargs):
-    """Wrapper for the ``to_dict`` of a config that lists its own fields only.
+    """Wrapper for the ``to_dict`` of a config, by which it is saved.
 
-    It is for what is saved, where a request has no business.
+    A config that lists its own fields only is given its entry; a request has no business there.
     """
     settings = wrapped(*args, **kwargs)
     if is_entry(getattr(config, KEY, None)):
         settings[KEY] = getattr(config, KEY)
-    return settings
+    return seal(settings)

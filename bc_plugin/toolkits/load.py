@@ -14,6 +14,7 @@ from ..marks import mark, unmark
 from ..names import KEY
 from ..vectors.checkpoint import checkpoint_files, read_settings, read_vectors
 from ..vectors.compensation import Compensation
+from ..vectors.joint import note_saved_without, saved_without
 
 R = TypeVar("R")
 
@@ -27,12 +28,12 @@ def read_compensation(
     """The compensation that a checkpoint's quantization config announces and its files hold.
 
     Returns:
-        None for a checkpoint without compensation.
+        None for a checkpoint without vectors.
 
     Raises:
         BiasCompensationError: only one of the two is there, or they do not fit.
     """
-    if entry is not None:
+    if entry is not None and not saved_without(entry):
         return Compensation.from_entry(entry, read_vectors(files))
     # Only safetensors files can be looked into without reading all of them.
     vectors = read_vectors(file for file in files if str(file).endswith(".safetensors"))
@@ -59,7 +60,9 @@ def hold_for(model: nn.Module, checkpoint: str | Path) -> None:
         checkpoint: The folder, or a file in it.
     """
     path = Path(checkpoint)
-    compensation = load_if_any(path if path.is_dir() else path.parent)
+    folder = path if path.is_dir() else path.parent
+    note_saved_without(read_settings(folder).get(KEY), model)
+    compensation = load_if_any(folder)
     if compensation is not None:
         compensation.check(model)
         mark(model, compensation)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..names import SUFFIX
+from .sealed import unseal
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
@@ -27,7 +28,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         settings = settings.get(section) if section else settings
         if settings:
-            return settings
+            return unseal(settings)
     return {}
 
 

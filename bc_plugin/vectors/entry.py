@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import BiasCompensationError
 from ..names import KEY
 from .contents import Contents, SiteErrors
+from .sealed import seal, unseal
 from .short_names import collapse, expand
 
 FORMAT_VERSION = 2
@@ -106,13 +107,15 @@ def set_entry(model: nn.Module, entry: dict[str, Any] | None) -> None:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is None:
         return
-    config = copy.copy(config)  # it may be the user's, for other models too
-    values = config if isinstance(config, dict) else vars(config)
+    is_dict = isinstance(config, dict)
+    # It may be the user's, for other models too.
+    config = unseal(config) if is_dict else copy.copy(config)
+    values = config if is_dict else vars(config)
     if entry is None:
         values.pop(KEY, None)
     else:
         values[KEY] = entry
-    model.config.quantization_config = config
+    model.config.quantization_config = seal(config) if is_dict else config  # a dict is saved as is
 
 
 def vectors_digest(vectors: Mapping[str, Tensor]) -> str:
