@@ -9,6 +9,7 @@ from .export import export
 from .refine import record_float_logits, refine
 from .refinement.config import RefinementConfig
 from .refinement.float_logits import FloatLogits
+from .vectors.card import write_card
 from .vectors.compensation import Compensation
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "export",
     "record_float_logits",
     "refine",
+    "write_card",
 ]

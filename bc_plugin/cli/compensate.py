@@ -40,7 +40,7 @@ def compensate(
 
     Example: `bc-plugin compensate ./gptq ./SmolLM2-135M ./out --dataset text.txt --positions 0`
     """
-    from .. import Compensation, enable
+    from .. import Compensation, enable, write_card
     from .. import compensate as run
 
     enable("transformers")
@@ -56,5 +56,6 @@ def compensate(
         compensation = run(model, reference, calibration, settings)
         compensation.attach(model)
         model.save_pretrained(part)
+        write_card(part)
         tokenizer.save_pretrained(part)
     print_sites(out, by_group=True)

@@ -44,7 +44,7 @@ def quantize(
     """
     from transformers import GPTQConfig
 
-    from .. import enable
+    from .. import enable, write_card
 
     enable("transformers")
     with new_folder(out) as part:
@@ -72,5 +72,6 @@ def quantize(
         model = load_model(float_model, dtype, device_map, quantization_config=config)
         model.config.quantization_config.dataset = None  # tokens of the text: not to be published
         model.save_pretrained(part)
+        write_card(part)
         tokenizer.save_pretrained(part)
     print_sites(out, by_group=True)

@@ -45,7 +45,7 @@ def refine(
 
     Example: `bc-plugin refine ./compensated ./SmolLM2-135M ./refined --dataset text.txt`
     """
-    from .. import Compensation, RefinementConfig, enable, record_float_logits
+    from .. import Compensation, RefinementConfig, enable, record_float_logits, write_card
     from .. import refine as run
     from ..refinement.progress import delete_progress
 
@@ -72,6 +72,7 @@ def refine(
             )
         run(model, reference, calibration, config, folder=started)
         model.save_pretrained(part)
+        write_card(part)
         tokenizer.save_pretrained(part)
     delete_progress(started)  # not before: OUT is all that is left of the training
     print_sites(out, by_group=True)
