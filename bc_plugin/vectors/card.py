@@ -18,7 +18,7 @@ tags:
 
 # A quantized model with bias compensation
 
-Quantized with {method}, {bits} bits; vectors of the quantization's mean shift are stored along with the
+Quantized with {method}, {bits} bits. Vectors of the mean shift of its quantization are stored with the
 weights (tensors `*.bias_compensation`), and bc_plugin adds them back. {without}
 
 ```python
