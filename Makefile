@@ -4,11 +4,12 @@ VENV ?= .venv
 LEGACY ?= .venv-legacy
 VLLM ?= .venv-vllm
 LLAMA_CPP ?= .llama-cpp
+DIST ?= .venv-dist
 BIN := $(VENV)/bin
 
 .PHONY: setup setup-legacy setup-vllm setup-llama-cpp demo test test-current test-legacy \
 	test-vllm test-llama-cpp lint benchmark benchmark-toolkits benchmark-serving \
-	benchmark-comparison benchmark-vision benchmark-architectures benchmark-threads clean
+	benchmark-comparison benchmark-vision benchmark-architectures benchmark-threads dist clean
 
 setup: $(VENV)/.ready
 
@@ -111,5 +112,17 @@ benchmark-comparison: setup
 benchmark-vision: setup
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/vision.py $(ARGS)
 
+# A release: the source package and the wheel made of it, which is tried in a fresh environment.
+dist: export PYTHONPATH :=
+dist:
+	rm -rf dist $(DIST)
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/pip install --quiet "setuptools>=77" typer rich
+	$(DIST)/bin/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')" > /dev/null
+	$(DIST)/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+	$(DIST)/bin/pip install --quiet --no-deps dist/*.whl
+	cd $(DIST) && bin/python -c "import bc_plugin; print(bc_plugin.__file__)" && bin/bc-plugin --version
+	ls dist
+
 clean:
-	rm -rf $(VENV) $(LEGACY) $(VLLM) $(LLAMA_CPP) .cache
+	rm -rf $(VENV) $(LEGACY) $(VLLM) $(LLAMA_CPP) $(DIST) .cache dist

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .calibration.batches import calibration_batches
+from .calibration.items import checked_items, vocabulary_of
 from .calibration.stream import prepare_stream
 from .config import BiasCompensationConfig
 from .errors import BiasCompensationError
@@ -18,6 +19,7 @@ from .models.blocks import find_block_lists, find_blocks
 from .models.float_blocks import BlockSnapshot, float_blocks_of
 from .models.modules import copy_of, device_of, dtype_of, evaluating
 from .models.offloaded import require_in_memory
+from .models.repacked import require_as_stored
 from .names import KEY
 from .shift.inside import measure_block, measure_linears
 from .shift.messages import (
@@ -40,10 +42,10 @@ from .shift.sites import (
     sites_outside,
 )
 from .shift.statistics import Site
-from .vectors.check import weights_digest
 from .vectors.compensation import Compensation
 from .vectors.contents import SiteErrors
 from .vectors.joint import joint_linears, require_linears
+from .vectors.weights import are_kept, weights_of
 
 
 def compensate(
@@ -114,7 +116,7 @@ class _Pass:
         copy_to_run: Callable[[nn.Module], nn.Module],
     ) -> None:
         self.model, self.float_model, self.config = model, float_model, config
-        self.calibration = list(calibration)
+        self.calibration = checked_items(calibration, vocabulary_of(model))
         self.rescalings, self.copy_to_run = rescalings, copy_to_run
         self.live = isinstance(float_model, nn.Module)
         self.lists = (
@@ -142,6 +144,7 @@ class _Pass:
         self.errors: dict[str, SiteErrors] = {}
         self.changed = self.rescaled = False
         self.experts: list[str] = []
+        self.kernels: set[type] = set()
 
     def run(self) -> Compensation:
         """Compensate what is outside of the blocks, then block after block."""
@@ -166,14 +169,16 @@ class _Pass:
         if self.rescaled:
             warnings.warn(RESCALED, stacklevel=4)
         require_linears(self.joint, self.vectors, "pass the float model that they were made from.")
+        weights = weights_of(self.model, self.paths, self.vectors)
         return Compensation(
             vectors=self.vectors,
             kinds=self.kinds,
             errors=self.errors,
             positions=self.positions,
             blocks=self.paths,
-            digest=weights_digest(self.model, self.paths, self.vectors),
+            digest=weights.digest,
             joint=bool(self.joint),
+            float_weights=weights.float_weights,
         )
 
     def _compensate_outside(self) -> None:
@@ -204,6 +209,8 @@ class _Pass:
     def _compensate_block(self, number: int, name: str) -> None:
         """A block's linears, then the block itself with those in place."""
         quantized = self.copy_to_run(self.model.get_submodule(name))
+        if not are_kept(self.model):
+            require_as_stored(self.model.get_submodule(name), name, quantized, self.kernels)
         moved = self.rescalings.get(name, Rescaling())
         with self.source.load(name, device_of(quantized)) as reference:
             changed = linear_sites(reference, quantized)

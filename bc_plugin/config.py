@@ -55,7 +55,7 @@ class BiasCompensationConfig(Settings):
             left once the mean is taken out. Only where linears are compensated, and where the
             toolkit quantizes with plain GPTQ; otherwise it changes nothing.
         blocks: Dotted path of the ``ModuleList`` of blocks, e.g. ``"model.layers"``, or several.
-            Found when not given; see ``bc_plugin.structure.find_block_lists``.
+            Found when not given; see ``bc_plugin.models.blocks.find_block_lists``.
         held_out: Share of the calibration sequences kept apart to measure the error on tokens
             that the vectors were not fitted to. 0 keeps none.
         keep_only_if_better: Drop a site whose held-out error rises.

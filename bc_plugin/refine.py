@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from .calibration.items import checked_items, vocabulary_of
 from .errors import BiasCompensationError
+from .models.blocks import find_block_lists
 from .models.float_blocks import BlockSnapshot
 from .models.modules import copy_of, device_of, dtype_of
 from .refinement.by_block import train_by_block
 from .refinement.by_model import train_by_model
-from .refinement.checksums import checksum
+from .refinement.checksums import checksum, surroundings_checksum
 from .refinement.config import RefinementConfig
 from .refinement.data import RefinementData
 from .refinement.float_logits import FloatLogits
 from .refinement.progress import FLOAT_MODEL, Progress
-from .refinement.source import Source, check_source, source_checksum
+from .refinement.source import Source, check_source, require_float, source_checksum
 from .refinement.train import Outcome
+from .shift.same_model import require_same_model
 from .vectors.compensation import Compensation
 
 
@@ -50,8 +53,9 @@ def refine(
         good as the old one.
 
     Raises:
-        BiasCompensationError: the model is not compensated, there are fewer than two sequences,
-            ``folder`` is another run's or damaged, or the loss is not finite.
+        BiasCompensationError: the model is not compensated, the float model is not the one that it
+            came from, there are fewer than two sequences, ``folder`` is another run's, damaged or
+            cannot be written, or the loss is not finite.
     """
     compensation = Compensation.attached_to(model)
     if compensation is None:
@@ -59,6 +63,9 @@ def refine(
             "the model is not compensated; refinement starts from a compensation, see "
             "bc_plugin.compensate."
         )
+    if isinstance(float_model, nn.Module):
+        require_float(float_model)
+        require_same_model(model, float_model, find_block_lists(model, compensation.blocks))
     compensation.detach(model)
     result = compensation
     try:
@@ -80,11 +87,15 @@ def record_float_logits(
     Args:
         folder: A safetensors file per batch goes there; those already written from the same model
             for the same batch are kept.
+
+    Raises:
+        BiasCompensationError: the model is compensated, or a file there is damaged or cannot be
+            written.
     """
+    require_float(float_model)
     config = config or RefinementConfig()
-    return FloatLogits.record(
-        float_model, RefinementData(calibration, config).batches, folder, config.top_k
-    )
+    data = RefinementData(checked_items(calibration, vocabulary_of(float_model)), config)
+    return FloatLogits.record(float_model, data.batches, folder, config.top_k)
 
 
 def train_vectors(
@@ -104,7 +115,7 @@ def train_vectors(
     """
     config = config or RefinementConfig()
     if not compensation.vectors:
-        raise BiasCompensationError("the compensation has no vectors that could be train_vectors.")
+        raise BiasCompensationError("the compensation has no vectors that could be trained.")
     if "convolution" in compensation.kinds.values():
         raise BiasCompensationError(
             "refinement is for language models; this compensation has vectors of convolutions."
@@ -115,25 +126,28 @@ def train_vectors(
             "mixed_precision='bf16' needs a model in float32 or bfloat16 on a CPU, where PyTorch's "
             "autocast takes no float16; load the model with dtype=torch.float32."
         )
-    data = RefinementData(calibration, config)
-    check_source(float_model, data, config)
+    data = RefinementData(checked_items(calibration, vocabulary_of(model)), config)
+    check_source(float_model, model, data, config)
     # Saving rounds the errors, which decide how far steps go: from here on it makes no difference.
     start = Compensation.from_entry(compensation.entry(), compensation.vectors)
     progress = Progress(None)
     if folder is not None:
         settings = {**asdict(config), "dtype": str(dtype_of(model))}
-        progress = Progress(Path(folder), settings, _inputs(start, float_model, data))
+        progress = Progress(Path(folder), settings, _inputs(model, start, float_model, data))
     by = {"model": train_by_model, "block": train_by_block}[config.by]
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         outcome = by(model, start, float_model, data, config, progress, copy_to_run)
     return _with_vectors(compensation, outcome, config)
 
 
-def _inputs(start: Compensation, source: Source, data: RefinementData) -> dict[str, str]:
+def _inputs(
+    model: nn.Module, start: Compensation, source: Source, data: RefinementData
+) -> dict[str, str]:
     """Fingerprints of whatever decides what training comes to, beside its settings."""
     after = {name: errors.after for name, errors in start.errors.items()}
     return {
         "quantized weights": start.digest,
+        "weights around the quantized blocks": surroundings_checksum(model, start.blocks),
         "vectors": checksum([start.vectors, start.kinds, after, start.positions, start.blocks]),
         "calibration data": checksum(data.batches),
         FLOAT_MODEL: source_checksum(source),

@@ -16,8 +16,9 @@ from bc_plugin.toolkits.joint import centred_inputs, weight_of
 from bc_plugin.toolkits.load import attach_around, files_read, read_compensation
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, is_running, run_compensated
-from bc_plugin.vectors.checkpoint import read_settings
+from bc_plugin.toolkits.save import saved_whole
 from bc_plugin.vectors.joint import note_saved_without
+from bc_plugin.vectors.settings import read_settings
 
 # Config
 
@@ -102,13 +103,13 @@ def _find_params(wrapped, quantizer, args, kwargs):
         quantizer.scale[wraps] *= quantizer.maxq / (quantizer.maxq - 1)
 
 
-# Saving: it writes the model's state dict and the config's to_dict
+# Saving
 
 
 def _save_quantized(wrapped, gptq, args, kwargs):
-    if gptq.quantized:  # else it is refused, and the request may be needed yet
-        gptq.quantize_config = config_of(gptq.model, gptq.quantize_config)
-    return wrapped(*args, **kwargs)
+    gptq.quantize_config = config_of(gptq.model, gptq.quantize_config)
+    with saved_whole(gptq.model, argument("save_dir", 0, args, kwargs)):
+        return wrapped(*args, **kwargs)
 
 
 # Loading

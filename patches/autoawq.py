@@ -13,6 +13,7 @@ from bc_plugin.toolkits.flag import asked, config_of, is_entry, set_flag
 from bc_plugin.toolkits.load import attach_held, hold_for
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
+from bc_plugin.toolkits.save import saved_whole
 
 # Config
 
@@ -85,7 +86,14 @@ def _as_quantized(block, settings):
     return block
 
 
-# Saving: nothing to do, it writes the model's state dict and the config's to_transformers_dict
+# Saving
+
+
+def _save_quantized(wrapped, awq, args, kwargs):
+    awq.quant_config = config_of(awq.model, awq.quant_config)
+    with saved_whole(awq.model, argument("save_dir", 0, args, kwargs)):
+        return wrapped(*args, **kwargs)
+
 
 # Loading
 
@@ -140,6 +148,7 @@ AUTOAWQ = Toolkit(
         Patch(f"{QUANTIZER}:get_calib_dataset", calibration_is_ready, ("data",)),
         Patch(f"{QUANTIZER}:apply_scale", scales_are_applied, ("module", "scales_list")),
     ),
+    saving=(Patch(f"{MODEL}.save_quantized", _save_quantized, ("save_dir",)),),
     loading=(
         Patch(f"{MODEL}.from_quantized", _from_quantized, ("model_path", "fuse_layers")),
         Patch(f"{BASE}:load_checkpoint_and_dispatch", _load_checkpoint, ("model", "checkpoint")),

@@ -9,20 +9,21 @@ from types import SimpleNamespace
 
 from bc_plugin.config import BiasCompensationConfig
 from bc_plugin.errors import BiasCompensationError
+from bc_plugin.marks import mark, mark_of, unmark
 from bc_plugin.models.modules import copy_of, linears_of
 from bc_plugin.names import KEY
 from bc_plugin.supported import SUPPORTED
 from bc_plugin.toolkits.awq import scales_are_applied
 from bc_plugin.toolkits.flag import asked_by, config_of, config_to_dict, is_entry, set_flag
 from bc_plugin.toolkits.joint import centred_inputs, weight_of
-from bc_plugin.toolkits.load import attach_held, hold_for, load_if_any
+from bc_plugin.toolkits.load import attach_held, hold_for
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
-from bc_plugin.toolkits.save import plain_vectors, put_vectors, take_vectors
+from bc_plugin.toolkits.save import plain_vectors, put_vectors, saved_whole, take_vectors
 from bc_plugin.vectors import Compensation
-from bc_plugin.vectors.checkpoint import read_settings
 from bc_plugin.vectors.joint import saved_without
 from bc_plugin.vectors.sealed import unseal
+from bc_plugin.vectors.settings import read_settings
 
 # Config
 
@@ -164,21 +165,28 @@ def _gptq_quantize(wrapped, gptq, args, kwargs):
 
 def _save_quantized(wrapped, qmodel, args, kwargs):
     model = qmodel.model
-    if qmodel.quantized:  # else it is refused, and the request may be needed yet
-        qmodel.quantize_config = config_of(model, qmodel.quantize_config)
-    with plain_vectors(model) as compensation:
-        result = wrapped(*args, **kwargs)
-    if compensation is not None and qmodel.model is not model:  # it has loaded itself anew
-        take_vectors(compensation, qmodel.model)
-        compensation.attach_unchecked(qmodel.model)
+    qmodel.quantize_config = config_of(model, qmodel.quantize_config)
+    with saved_whole(model, argument("save_dir", 0, args, kwargs)):
+        with plain_vectors(model) as compensation:
+            if compensation is not None:
+                mark(qmodel, compensation)
+            try:
+                result = wrapped(*args, **kwargs)
+            finally:
+                unmark(qmodel, Compensation)
+        if compensation is not None and qmodel.model is not model:  # it has loaded itself anew
+            take_vectors(compensation, qmodel.model)
+            compensation.attach_unchecked(qmodel.model)
     return result
 
 
 def _model_to_save(wrapped, qmodel, args, kwargs):
+    # The weights of its folder once more, with the vectors that are attached by now.
     model = wrapped(*args, **kwargs)
-    entry = getattr(qmodel.quantize_config, KEY, None)
-    if is_entry(entry) and not saved_without(entry):
-        put_vectors(load_if_any(qmodel.model_local_path), model)
+    unmark(model, Compensation)
+    compensation = mark_of(qmodel, Compensation)
+    if compensation is not None:
+        put_vectors(compensation, model)
     return model
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 from itertools import chain
-from pathlib import Path
 
 from bc_plugin.models.modules import device_of
 from bc_plugin.names import KEY
@@ -14,8 +12,9 @@ from bc_plugin.toolkits.flag import asked_by, is_entry, set_flag
 from bc_plugin.toolkits.load import attach_held, hold_for
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
+from bc_plugin.toolkits.save import saved_whole
 from bc_plugin.vectors.joint import entry_to_save
-from bc_plugin.vectors.sealed import seal, unseal
+from bc_plugin.vectors.sealed import unseal
 
 # Config
 
@@ -58,8 +57,7 @@ def _as_quantized(block, quantizer, model):
 
 def _save(wrapped, quantizer, args, kwargs):
     model, folder = argument("model", 0, args, kwargs), argument("save_dir", 1, args, kwargs)
-    entry = entry_to_save(model)
-    if entry is None:
+    if entry_to_save(model) is None:
         return wrapped(*args, **kwargs)
     config = getattr(model.config, "quantization_config", None)
     converts = quantizer.sym and getattr(quantizer, "format", None) == "gptq_v2"
@@ -67,12 +65,8 @@ def _save(wrapped, quantizer, args, kwargs):
         # Optimum writes the zero points of a symmetric model in the older format, and leaves the
         # newer one's name in config.json, so that loaders would misread them.
         config["format"] = "gptq"
-    result = wrapped(*args, **kwargs)
-    # The model's config.json has its entry; the quantizer may have quantized other models since.
-    path = Path(folder, GPTQ_CONFIG)
-    settings = seal({**json.loads(path.read_text(encoding="utf-8")), KEY: entry})
-    path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    return result
+    with saved_whole(model, folder):
+        return wrapped(*args, **kwargs)
 
 
 # Loading
@@ -93,7 +87,6 @@ def _post_init_model(wrapped, quantizer, args, kwargs):
 
 # Toolkit
 
-GPTQ_CONFIG = "quantize_config.json"
 MODULE = "optimum.gptq.quantizer"
 QUANTIZER = f"{MODULE}:GPTQQuantizer"
 OPTIMUM = Toolkit(

@@ -10,11 +10,18 @@ from pathlib import Path
 from bc_plugin.config import BiasCompensationConfig
 from bc_plugin.errors import BiasCompensationError
 from bc_plugin.marks import mark, unmark
-from bc_plugin.names import KEY
+from bc_plugin.names import KEY, SUFFIX
 from bc_plugin.supported import SUPPORTED
 from bc_plugin.toolkits.flag import asked_by, config_to_dict, flag_of, is_entry, set_flag
-from bc_plugin.toolkits.load import attach_around, files_read, fit_to, read_compensation
+from bc_plugin.toolkits.load import (
+    attach_around,
+    files_read,
+    fit_to,
+    read_compensation,
+    reading_weights,
+)
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
+from bc_plugin.toolkits.save import saved_whole
 from bc_plugin.vectors import Compensation
 from bc_plugin.vectors.entry import set_entry
 from bc_plugin.vectors.joint import note_saved_without
@@ -76,13 +83,30 @@ def _check_asked(quantizer):
         raise _cannot_honour(config)
 
 
-# Saving: nothing to do
+# Saving
+
+
+def _save_pretrained(wrapped, model, args, kwargs):
+    with saved_whole(model, argument("save_directory", 0, args, kwargs)):
+        return wrapped(*args, **kwargs)
+
+
+def _revert_names(wrapped, instance, args, kwargs):
+    # A vector's name is its site's: what is read back is looked for under that.
+    state = argument("state_dict", 1, args, kwargs)
+    vectors = {name: state[name] for name in list(state) if name.endswith(SUFFIX)}
+    if not vectors:
+        return wrapped(*args, **kwargs)
+    rest = {name: tensor for name, tensor in state.items() if name not in vectors}
+    return {**wrapped(argument("model", 0, args, kwargs), rest), **vectors}
+
 
 # Loading
 
 
 def _resolve_files(wrapped, instance, args, kwargs):
-    files, metadata = wrapped(*args, **kwargs)
+    with reading_weights(argument("pretrained_model_name_or_path", 0, args, kwargs)):
+        files, metadata = wrapped(*args, **kwargs)
     files_read.set(tuple(map(Path, files or ())))
     return files, metadata
 
@@ -111,6 +135,29 @@ def _before_loading(wrapped, quantizer, args, kwargs):
     return result
 
 
+def _load_plain(wrapped, cls, args, kwargs):
+    """A model that no toolkit quantized: no quantizer is asked before and after."""
+    model = argument("model", 0, args, kwargs)
+    files = argument("checkpoint_files", 2, args, kwargs) or ()
+    if getattr(model.config, "quantization_config", None) is None:
+        entry = getattr(model.config, KEY, None)
+        note_saved_without(entry, model)
+        compensation = read_compensation(entry, files)
+        if compensation is not None:
+            mark(model, fit_to(compensation, model))
+            _expect(model, rf"\.{KEY}$")
+    return wrapped(*args, **kwargs)
+
+
+def _from_pretrained(wrapped, cls, args, kwargs):
+    result = wrapped(*args, **kwargs)
+    model = result[0] if isinstance(result, tuple) else result
+    compensation = unmark(model, Compensation)
+    if compensation is not None:
+        compensation.attach(model)
+    return result
+
+
 def _after_loading(wrapped, quantizer, args, kwargs):
     model = argument("model", 0, args, kwargs)
     compensation = unmark(model, Compensation)
@@ -125,6 +172,7 @@ def _after_loading(wrapped, quantizer, args, kwargs):
 
 CONFIGS = "transformers.utils.quantization_config"
 AUTO = "transformers.quantizers.auto"
+MODEL = "transformers.modeling_utils:PreTrainedModel"
 QUANTIZER = "transformers.quantizers.base:HfQuantizer"
 TRANSFORMERS = Toolkit(
     name="transformers",
@@ -147,7 +195,18 @@ TRANSFORMERS = Toolkit(
             ("quantization_config", "quantization_config_from_args"),
         ),
     ),
+    saving=(
+        Patch(f"{MODEL}.save_pretrained", _save_pretrained, ("save_directory",)),
+        Patch(
+            "transformers.modeling_utils:revert_weight_conversion",
+            _revert_names,
+            ("model", "state_dict"),
+            versions=">=5",
+        ),
+    ),
     loading=(
+        Patch(f"{MODEL}.from_pretrained", _from_pretrained),
+        Patch(f"{MODEL}._load_pretrained_model", _load_plain, ("model", "checkpoint_files")),
         Patch("transformers.modeling_utils:_get_resolved_checkpoint_files", _resolve_files),
         Patch(f"{QUANTIZER}.preprocess_model", _before_loading, ("model", "kwargs")),
         Patch(f"{QUANTIZER}.postprocess_model", _after_loading, ("model",)),

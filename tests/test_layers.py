@@ -16,7 +16,7 @@ PATCHES = ROOT.parent / "patches"
 # From the ground up. A package stands for all of its files; "" is the package itself.
 BANDS = (
     ("errors", "names", "marks"),
-    ("files", "config", "supported"),
+    ("files", "texts", "config", "supported"),
     ("models",),
     ("vectors", "calibration"),
     ("shift", "refinement", "engines"),
@@ -27,6 +27,7 @@ BANDS = (
     ("",),
     ("auto",),
     ("cli",),
+    ("__main__",),
 )
 BAND = {room: number for number, rooms in enumerate(BANDS) for room in rooms}
 

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+from helpers.language import tiny_model
 from helpers.refinement import CALIBRATION, SETTINGS, compensated, held_out, refine
 from torch import nn
 
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation, FloatLogits, RefinementConfig
 from bc_plugin.models.blocks import find_blocks
-from bc_plugin.vectors.check import weights_digest
+from bc_plugin.vectors.weights import weights_of
 
 
 @pytest.mark.parametrize("by", ["model", "block"])
@@ -19,14 +20,14 @@ from bc_plugin.vectors.check import weights_digest
 def test_it_gets_better_and_nothing_else_changes(architecture, positions, by):
     model, quantized = compensated(architecture, positions)
     before = Compensation.attached_to(quantized)
-    digest = weights_digest(quantized, [find_blocks(quantized).path])
+    digest = weights_of(quantized, [find_blocks(quantized).path])
     weights = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
     kl = bc_plugin.evaluate(quantized, held_out(), model).kl
     after = refine(quantized, model, by=by)
     assert after is Compensation.attached_to(quantized)
     assert after.refined["after"] < after.refined["before"]
     assert bc_plugin.evaluate(quantized, held_out(), model).kl < kl
-    assert weights_digest(quantized, [find_blocks(quantized).path]) == digest
+    assert weights_of(quantized, [find_blocks(quantized).path]) == digest
     assert {n: (v.shape, v.dtype) for n, v in after.vectors.items()} == {
         n: (v.shape, v.dtype) for n, v in before.vectors.items()
     }
@@ -115,6 +116,31 @@ def test_what_was_refined_is_saved_and_loaded(tmp_path):
     assert Compensation.load(tmp_path).refined == found.refined
 
 
+@pytest.mark.parametrize("by", ["model", "block"])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 5}, "another model .* agree by"),
+        ({"vocab_size": 128}, "another model .* agree by"),
+        ({"num_hidden_layers": 2}, "different numbers of blocks"),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps"),
+    ],
+)
+def test_another_float_model_is_refused(tmp_path, by, changes, said):
+    _, quantized = compensated()
+    before = Compensation.attached_to(quantized)
+    other = tiny_model(**changes)
+    with pytest.raises(BiasCompensationError, match=said):
+        refine(quantized, other, tmp_path / "run", by=by)
+    if by == "model" and "agree" in said:
+        config = RefinementConfig(**SETTINGS)
+        predictions = bc_plugin.record_float_logits(other, CALIBRATION, config, folder=tmp_path)
+        with pytest.raises(BiasCompensationError, match=f"{tmp_path} was recorded from {said}"):
+            refine(quantized, predictions)
+    assert Compensation.attached_to(quantized) is before
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_cannot_be_refined(tmp_path):
     model, quantized = compensated()
     with pytest.raises(BiasCompensationError, match="not compensated"):
@@ -127,6 +153,10 @@ def test_what_cannot_be_refined(tmp_path):
         refine(quantized, FloatLogits(tmp_path), by="block")
     with pytest.raises(BiasCompensationError, match="takes no float16"):
         refine(compensated()[1].half(), model, mixed_precision="bf16")
+    with pytest.raises(BiasCompensationError, match="has compensation vectors attached"):
+        refine(quantized, quantized)
+    with pytest.raises(BiasCompensationError, match="has compensation vectors attached"):
+        bc_plugin.record_float_logits(quantized, CALIBRATION, folder=tmp_path)
     assert Compensation.attached_to(quantized) is not None
     for wrong in (
         {"steps": 0},

@@ -31,11 +31,12 @@ for name in ["bc_plugin", *names]:
     print(name, sys.modules[name].__file__)
 print(*(name for name in sys.modules if name in {extras}))
 """
-HELP = """
+COMMAND = """
 import runpy
-sys.argv = ["bc-plugin", "--help"]
+sys.argv = ["bc-plugin", {argument!r}]
 runpy.run_path({script!r}, run_name="__main__")
 """
+ARGUMENTS = ("--help", "--version")
 EXTRAS = {"transformers", "optimum", "gptqmodel", "auto_gptq", "awq", "datasets", "accelerate"}
 
 
@@ -73,8 +74,12 @@ def _pip(*arguments: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(source, files) -> Path:
+    """Made of the source package, as ``make dist`` does."""
     folder = source.parent
-    _pip("wheel", "--no-build-isolation", "--wheel-dir", folder, source)
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True)
+    (packed,) = folder.glob("*.tar.gz")
+    _pip("wheel", "--no-build-isolation", "--wheel-dir", folder, packed)
     (found,) = folder.glob("*.whl")
     return found
 
@@ -114,6 +119,8 @@ def test_every_module_is_imported_from_the_wheel_and_needs_no_extra(installed, f
     assert extras == ""
 
 
-def test_the_command_runs(installed):
+def test_the_command_runs(wheel, installed):
     script = installed / "bin" / "bc-plugin"
-    assert "compensate" in _run(HELP.format(script=str(script)), installed)
+    said = {a: _run(COMMAND.format(script=str(script), argument=a), installed) for a in ARGUMENTS}
+    assert "compensate" in said["--help"]
+    assert wheel.name.startswith(f"bc_plugin-{said['--version'].strip()}-")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,28 +12,7 @@ from torch import Tensor
 from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
 from ..models.calls import Batch
-
-
-def _as_mapping(item: Any, number: int) -> dict[str, Any]:
-    if isinstance(item, Tensor):
-        return {"": item}
-    if isinstance(item, Mapping) and any(isinstance(v, Tensor) for v in item.values()):
-        return dict(item)
-    if isinstance(item, Mapping) and {"input_ids"} <= set(item):  # lists, as tokenizers give them
-        return {key: torch.atleast_2d(torch.as_tensor(value)) for key, value in item.items()}
-    raise BiasCompensationError(
-        f"calibration item {number} is of type {type(item).__name__}; expected a dict of tensors "
-        "that the model can be called with, e.g. what a tokenizer returns with "
-        'return_tensors="pt", or one tensor. For text see bc_plugin.calibration.windows.'
-    )
-
-
-def _check_mask(item: dict[str, Any], number: int) -> None:
-    mask = item.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.any()):
-        raise BiasCompensationError(
-            f"calibration item {number} is all padding: its attention_mask is zero everywhere."
-        )
+from .items import checked_items
 
 
 def _signature(item: dict[str, Any]) -> tuple:
@@ -83,13 +62,11 @@ def rebatch(items: Iterable[Any], batch_tokens: int) -> list[Batch]:
     """Join items of equal shape into batches of about ``batch_tokens`` tokens.
 
     Raises:
-        BiasCompensationError: there are no items, or one is not a model input or all padding.
+        BiasCompensationError: there are no items, or one is none; see ``checked_items``.
     """
     waiting: dict[tuple, list[dict[str, Any]]] = {}
     batches: list[Batch] = []
-    for number, item in enumerate(items):
-        inputs = _as_mapping(item, number)
-        _check_mask(inputs, number)
+    for inputs in checked_items(items):
         group = waiting.setdefault(_signature(inputs), [])
         if group and sum(map(_tokens, group)) + _tokens(inputs) > batch_tokens:
             batches.append(_joined(group))
@@ -107,7 +84,7 @@ def spread(items: Sequence[Any], max_tokens: int | None) -> list[Any]:
     Images and sounds are all used: a class token, or a patch, is seen but once in each.
     """
     items = list(items)
-    inputs = [_as_mapping(item, number) for number, item in enumerate(items)]
+    inputs = checked_items(items)
     if max_tokens is None or any(_is_images(item) or _is_sound(item) for item in inputs):
         return items
     tokens = sum(map(_tokens, inputs))
@@ -132,8 +109,12 @@ def split_held_out(items: Sequence[Any], share: float) -> tuple[list[Any], list[
 def calibration_batches(
     calibration: Iterable[Any], config: BiasCompensationConfig
 ) -> tuple[list[Batch], list[Batch]]:
-    """The calibration data in batches: those that vectors are fitted to, and those held out."""
-    items = spread(list(calibration), config.max_tokens)
+    """The calibration data in batches: those that vectors are fitted to, and those held out.
+
+    Raises:
+        BiasCompensationError: there is none, or an item is none; see ``checked_items``.
+    """
+    items = spread(checked_items(calibration), config.max_tokens)
     fitted, apart = split_held_out(items, config.held_out)
     return (
         rebatch(fitted, config.batch_tokens),

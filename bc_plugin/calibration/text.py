@@ -1,46 +1,13 @@
-"""The text of a data set, cut into windows of tokens."""
+"""Text, cut into windows of tokens."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import BiasCompensationError
-
-NAMED = {
-    # The data sets GPTQ toolkits know by name; (repository, configuration, split, column).
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
-    "c4": ("allenai/c4", "en", "train", "text"),
-}
-
-
-def read_text(source: str) -> str:
-    """The text of a data set: a ``.txt`` or ``.jsonl`` file (field "text"), or a name.
-
-    Raises:
-        BiasCompensationError: there is neither such a file nor such a name.
-    """
-    path = Path(source)
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            return "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line)
-        return text
-    if source not in NAMED:
-        raise BiasCompensationError(
-            f"dataset {source!r} is neither a file nor one of {sorted(NAMED)}; "
-            "pass the path of a .txt or .jsonl file. (Calibration data, though not what a model is "
-            'evaluated on, may also be "self".)'
-        )
-    from datasets import load_dataset
-
-    repository, name, split, column = NAMED[source]
-    rows = load_dataset(repository, name, split=split, streaming=True)
-    return "\n\n".join(row[column] for row in rows.take(20_000))
 
 
 def start_of_text(tokenizer: Any) -> list[int]:
@@ -84,7 +51,7 @@ def windows(
     if len(rows) == 0:
         raise BiasCompensationError(
             f"the text has {len(ids)} tokens; {skip} windows to skip and one to keep need "
-            f"{(skip + 1) * room}. Use a longer text or shorter windows."
+            f"{(skip + 1) * room}. Use a longer text, or shorter windows (--length)."
         )
     rows = [torch.cat([torch.tensor([start], dtype=row.dtype), row], dim=1) for row in rows]
     return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 from rich.console import Console
+from rich.text import Text
 
+from .. import __version__
 from ..errors import BiasCompensationError
 from .compensate import compensate
 from .evaluate import evaluate
@@ -13,6 +17,7 @@ from .inspect import inspect
 from .quantize import quantize
 from .refine import refine
 from .run import run
+from .stopped import Stopped, stop_on_signals
 
 app = typer.Typer(
     name="bc-plugin",
@@ -27,10 +32,35 @@ for command in (quantize, compensate, refine, export, evaluate, inspect):
 app.command(context_settings={"ignore_unknown_options": True})(run)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
-    """Entry point: errors of this package are printed without a traceback."""
+    """Entry point: errors of this package, and signals, are one message without a traceback."""
+    stop_on_signals()
     try:
         app()
     except BiasCompensationError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        _say("error: ", error)
         raise SystemExit(1) from error
+    except Stopped as stopped:
+        _say("", stopped)
+        raise SystemExit(stopped.exit_code) from stopped
+
+
+def _say(what: str, error: BaseException) -> None:
+    # As text, since [...] in a message is no markup; whole, so that paths can be copied.
+    Console(stderr=True).print(Text.assemble((what, "red"), str(error)), soft_wrap=True)

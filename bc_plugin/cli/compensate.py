@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from ..files import new_folder
-from .inputs import calibration_data, load_model, load_tokenizer, pass_settings
+from ..files import check_out, new_folder
+from .arguments import check_loading, float_config, model_config, text_of
+from .inputs import (
+    calibration_data,
+    load_as_stored,
+    load_model,
+    load_tokenizer,
+    pass_settings,
+)
 from .options import (
     CalibrationData,
     DeviceMap,
@@ -19,7 +27,9 @@ from .options import (
     Samples,
     Sites,
 )
+from .outputs import write
 from .sites import print_sites
+from .stopped import making
 
 
 def compensate(
@@ -40,22 +50,26 @@ def compensate(
 
     Example: `bc-plugin compensate ./gptq ./SmolLM2-135M ./out --dataset text.txt --positions 0`
     """
-    from .. import Compensation, enable, write_card
-    from .. import compensate as run
-
-    enable("transformers")
     settings = pass_settings(positions, sites)
-    with new_folder(out) as part:
-        tokenizer = load_tokenizer(float_model)
-        reference = load_model(float_model, dtype, device_map)
-        calibration = calibration_data(dataset, tokenizer, length, samples, lambda: reference)
-        model = load_model(quantized, dtype, device_map)
+    check_out(out)
+    model_config("QUANTIZED", quantized)
+    float_config(float_model)
+    check_loading(dtype, device_map)
+    text = text_of(dataset)
+    with making(out), new_folder(out) as part:
+        from .. import Compensation, enable
+        from .. import compensate as run
+
+        enable("transformers")
+        tokenizer = load_tokenizer("FLOAT", float_model)
+        load = partial(load_model, "FLOAT", float_model, dtype, device_map)
+        calibration = calibration_data(text, tokenizer, length, samples, load)
+        reference = load()
+        model = load_as_stored("QUANTIZED", quantized, dtype, device_map)
         before = Compensation.attached_to(model)
         if before is not None:
             before.detach(model)
         compensation = run(model, reference, calibration, settings)
         compensation.attach(model)
-        model.save_pretrained(part)
-        write_card(part)
-        tokenizer.save_pretrained(part)
+        write(quantized, part, compensation, tokenizer)
     print_sites(out, by_group=True)

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import BiasCompensationError
+from .arguments import check_loading, model_config, text_of
 from .inputs import load_model, load_tokenizer
 from .options import (
     Dataset,
     DeviceMap,
     Dtype,
-    Length,
 )
 
 
@@ -28,8 +28,8 @@ def evaluate(
     without_compensation: Annotated[
         bool, typer.Option("--without-compensation", help="Take the vectors out first.")
     ] = False,
-    tokens: Annotated[int, typer.Option(help="About how many tokens to evaluate.")] = 12288,
-    length: Length = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="About how many tokens to evaluate.")] = 12288,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
     dtype: Dtype = "auto",
     device_map: DeviceMap = "auto",
@@ -38,16 +38,23 @@ def evaluate(
 
     Example: `bc-plugin evaluate ./out --reference ./SmolLM2-135M --dataset text.txt --tokens 8192`
     """
-    from .. import Compensation, enable
-    from .. import evaluate as run
-    from ..calibration.text import read_text, windows
-
+    model_config("MODEL", model)
+    if reference is not None:
+        model_config("--reference", reference)
+    check_loading(dtype, device_map)
     # Toolkits print to the standard output, which is for the result.
     with contextlib.redirect_stdout(sys.stderr):
+        text = text_of(dataset, or_written=False)
+
+        from .. import Compensation, enable
+        from .. import evaluate as run
+        from ..calibration import windows
+
         enable("transformers")
-        count = max(1, tokens // length)
-        batches = windows(read_text(dataset), load_tokenizer(reference or model), length, count)
-        loaded = load_model(model, dtype, device_map)
+        whose = ("--reference", reference) if reference else ("MODEL", model)
+        tokenizer = load_tokenizer(*whose)
+        batches = windows(text, tokenizer, length, max(1, tokens // length))
+        loaded = load_model("MODEL", model, dtype, device_map)
         if without_compensation:
             compensation = Compensation.attached_to(loaded)
             if compensation is None:
@@ -55,7 +62,7 @@ def evaluate(
                     f"{model} is not compensated; drop --without-compensation."
                 )
             compensation.detach(loaded)
-        float_model = load_model(reference, dtype, device_map) if reference else None
+        float_model = load_model(*whose, dtype, device_map) if reference else None
         found = run(loaded, batches, float_model)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from ..files import check_out
 from ..models.architectures import ENGINES
+from .arguments import check_loading, model_config, one_of
 from .options import (
     DeviceMap,
     Out,
 )
+from .stopped import making
 
 
 def export(
@@ -31,14 +33,20 @@ def export(
 
     Example: `bc-plugin export ./compensated ./plain --for vllm`
     """
+    one_of("--for", engine, ENGINES)
+    model_config("COMPENSATED", compensated)
+    check_out(out)
+    check_loading("auto", device_map)
+
     from .. import export as run
 
-    run(
-        compensated,
-        out,
-        engine=engine,
-        allow_partial=allow_partial,
-        as_llama=as_llama,
-        device_map=device_map,
-    )
-    Console().print(f"{out}: verified in a process without the plugin", highlight=False)
+    with making(out):
+        run(
+            compensated,
+            out,
+            engine=engine,
+            allow_partial=allow_partial,
+            as_llama=as_llama,
+            device_map=device_map,
+        )
+    typer.echo(f"{out}: verified in a process without the plugin")

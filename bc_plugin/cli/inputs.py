@@ -1,36 +1,93 @@
-"""From arguments to models, tokenizers, settings and calibration data."""
+"""From arguments to models, tokenizers and calibration data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from ..config import BiasCompensationConfig
+from ..errors import BiasCompensationError
 
-def pass_settings(positions: str, sites: str) -> dict[str, Any]:
+
+def pass_settings(positions: str, sites: str, **others: Any) -> BiasCompensationConfig:
+    """Raises: BiasCompensationError: a value is out of range."""
     count = int(positions) if positions.isdecimal() else positions
-    return {"positions": count, "sites": sites.replace(",", " ").split()}
+    return BiasCompensationConfig(
+        positions=count, sites=tuple(sites.replace(",", " ").split()), **others
+    )
 
 
-def load_model(folder: str, dtype: str, device_map: str, **kwargs: Any) -> Any:
+def load_model(argument: str, name: str | Path, dtype: str, device_map: str, **kwargs: Any) -> Any:
+    """A causal language model of a folder or a name on the hub.
+
+    Raises:
+        BiasCompensationError: it cannot be loaded.
+    """
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map=device_map, **kwargs
-    ).eval()
+    done = "quantized" if "quantization_config" in kwargs else "loaded"
+    with _told(argument, name, done, "a causal language model that transformers loads"):
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, device_map=device_map, **kwargs
+        ).eval()
 
 
-def load_tokenizer(folder: str) -> Any:
+def load_as_stored(argument: str, name: str | Path, dtype: str, device_map: str) -> Any:
+    """A quantized model whose weights are known as its files have them, whatever kernels do."""
+    from ..toolkits.load import keeping_weights
+
+    with keeping_weights():
+        return load_model(argument, name, dtype, device_map)
+
+
+def load_tokenizer(argument: str, name: str | Path) -> Any:
+    """Raises: BiasCompensationError: it cannot be loaded."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    with _told(f"the tokenizer of {argument}", name, "loaded", "its files beside the weights"):
+        return AutoTokenizer.from_pretrained(name)
+
+
+@contextmanager
+def _told(what: str, name: str | Path, done: str, expected: str) -> Iterator[None]:
+    """Errors of transformers, which are of all kinds, say what was to be done with what."""
+    try:
+        yield
+    except BiasCompensationError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        damaged = [str(path) for path in sorted(Path(name).glob("*.safetensors")) if _broken(path)]
+        if damaged:
+            said = f"{', '.join(damaged)} is damaged; {said}"
+        raise BiasCompensationError(
+            f"{what}, {name}, cannot be {done} ({said}). Expected {expected}; name another, or get "
+            "it again from where it came from."
+        ) from error
+
+
+def _broken(path: Path) -> bool:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt"):
+            return False
+    except Exception:
+        return True
 
 
 def calibration_data(
-    dataset: str, tokenizer: Any, length: int, samples: int, float_model: Callable[[], Any]
+    text: str | None, tokenizer: Any, length: int, samples: int, float_model: Callable[[], Any]
 ) -> list[dict[str, Any]]:
-    from ..calibration.sample import sample_from
-    from ..calibration.text import read_text, windows
+    """Windows of the text, or, without one, of what the float model writes.
 
-    if dataset == "self":
+    Raises:
+        BiasCompensationError: the text is too short, or the windows are.
+    """
+    from ..calibration import sample_from, windows
+
+    if text is None:
         return sample_from(float_model(), tokenizer, length, samples)
-    return windows(read_text(dataset), tokenizer, length, samples)
+    return windows(text, tokenizer, length, samples)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .arguments import existing_folder
 from .sites import print_sites
 
 
@@ -20,4 +21,5 @@ def inspect(
 
     Example: `bc-plugin inspect ./out`
     """
+    existing_folder("MODEL", model)
     print_sites(model, by_group=not all_sites)

@@ -22,8 +22,8 @@ Positions = Annotated[
     str, typer.Option(help="Leading tokens with a vector of their own: 0, 1, ... or `all`.")
 ]
 Sites = Annotated[str, typer.Option(help="What to compensate: `linear`, `block`, or both.")]
-Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
-Samples = Annotated[int, typer.Option(help="Calibration sequences.")]
+Length = Annotated[int, typer.Option(min=1, help="Tokens per sequence.")]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences, at most.")]
 FloatModel = Annotated[str, typer.Argument(metavar="FLOAT", help="The model it came from.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")]
 Dtype = Annotated[str, typer.Option(help="Type to load models in; `auto` takes the checkpoint's.")]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import BiasCompensationError
-from ..files import new_folder
-from .inputs import calibration_data, load_model, load_tokenizer
+from ..files import check_out, new_folder
+from ..names import KEY
+from ..refinement.config import RefinementConfig
+from .arguments import check_loading, float_config, model_config, text_of
+from .inputs import calibration_data, load_as_stored, load_model, load_tokenizer
 from .options import (
     CalibrationData,
     DeviceMap,
@@ -19,11 +24,13 @@ from .options import (
     Out,
     Samples,
 )
+from .outputs import write
 from .sites import print_sites
+from .stopped import making
 
 
 def refine(
-    compensated: Annotated[Path, typer.Argument(metavar="COMPENSATED", help="A checkpoint.")],
+    compensated: Annotated[str, typer.Argument(metavar="COMPENSATED", help="A checkpoint.")],
     float_model: FloatModel,
     out: Out,
     dataset: CalibrationData,
@@ -45,11 +52,6 @@ def refine(
 
     Example: `bc-plugin refine ./compensated ./SmolLM2-135M ./refined --dataset text.txt`
     """
-    from .. import Compensation, RefinementConfig, enable, record_float_logits, write_card
-    from .. import refine as run
-    from ..refinement.progress import delete_progress
-
-    enable("transformers")
     config = RefinementConfig(
         steps=steps,
         by=by,
@@ -58,21 +60,62 @@ def refine(
         mixed_precision=mixed_precision,
     )
     started = out.with_name(f"{out.name}.refining")
-    with new_folder(out) as part:
-        tokenizer = load_tokenizer(float_model)
-        reference = load_model(float_model, dtype, device_map)
-        calibration = calibration_data(dataset, tokenizer, length, samples, lambda: reference)
+    _tidy(out, started)
+    check_out(out)
+    if started.exists() and not started.is_dir():
+        raise BiasCompensationError(f"{started} is for progress, and is a file; name another OUT.")
+    _require_compensated(compensated)
+    float_config(float_model)
+    check_loading(dtype, device_map)
+    text = text_of(dataset)
+    again = f"the same command goes on from {started}"
+    with making(out, again), new_folder(out) as part:
+        from .. import Compensation, enable, record_float_logits
+        from .. import refine as run
+        from ..refinement.disk import writing
+        from ..refinement.progress import about_to_place, delete_progress
+
+        enable("transformers")
+        tokenizer = load_tokenizer("FLOAT", float_model)
+        load = partial(load_model, "FLOAT", float_model, dtype, device_map)
+        calibration = calibration_data(text, tokenizer, length, samples, load)
+        reference = load()
         if by == "model":  # what it predicts is all that is needed of it
             logits = started / "float_logits"
             reference = record_float_logits(reference, calibration, config, folder=logits)
-        model = load_model(str(compensated), dtype, device_map)
+        model = load_as_stored("COMPENSATED", compensated, dtype, device_map)
         if Compensation.attached_to(model) is None:
-            raise BiasCompensationError(
-                f"{compensated} is not compensated; start with `bc-plugin compensate`."
-            )
-        run(model, reference, calibration, config, folder=started)
-        model.save_pretrained(part)
-        write_card(part)
-        tokenizer.save_pretrained(part)
+            raise _not_compensated(compensated)
+        refined = run(model, reference, calibration, config, folder=started)
+        with writing(out, f"The training is kept in {started}"):
+            write(compensated, part, refined, tokenizer)
+        about_to_place(started, refined.vectors)
     delete_progress(started)  # not before: OUT is all that is left of the training
     print_sites(out, by_group=True)
+
+
+def _tidy(out: Path, started: Path) -> None:
+    """Delete the progress of a run that was killed once its result was in place."""
+    if not (out.exists() and started.exists()):
+        return
+    from .. import Compensation
+    from ..refinement.progress import delete_progress, is_in_place
+
+    with suppress(BiasCompensationError):  # what is there is not that result
+        if is_in_place(started, Compensation.load(out).vectors):
+            delete_progress(started)
+
+
+def _require_compensated(name: str) -> None:
+    """An error before the float model has run, which takes long."""
+    config = model_config("COMPENSATED", name)
+    if KEY not in (config.get("quantization_config") or config):
+        raise _not_compensated(name)
+
+
+def _not_compensated(name: str) -> BiasCompensationError:
+    return BiasCompensationError(
+        f"{name} is not compensated: the quantization_config in its config.json has no entry "
+        "bias_compensation. Name the compensated checkpoint first, then the float model; "
+        "`bc-plugin compensate` makes one of a quantized checkpoint."
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 
 def print_sites(folder: Path, by_group: bool) -> None:
@@ -16,14 +16,23 @@ def print_sites(folder: Path, by_group: bool) -> None:
     rows = {row["site"]: row for row in compensation.describe()}
     groups = collapse(rows) if by_group else {name: [name] for name in rows}
     columns = ("before", "after", "held_out_before", "held_out_after")
-    table = Table("site", "kind", "shape", "bytes", "error", "after", "held out", "after")
+    table = Table(
+        Column("site", overflow="fold"),
+        "kind",
+        "shape",
+        "bytes",
+        "error",
+        "after",
+        "held out",
+        "after",
+    )
     for short, names in groups.items():
         members = [rows[name] for name in names]
         means = [_mean([member[column] for member in members]) for column in columns]
         shapes = dict.fromkeys(" x ".join(map(str, member["shape"])) for member in members)
         size = f"{sum(member['bytes'] for member in members):,}"
         table.add_row(short, members[0]["kind"], ", ".join(shapes), size, *means)
-    console = Console()
+    console = Console(markup=False)  # layers.[a] is a name
     console.print(table)
     console.print(
         f"{len(rows)} sites, {compensation.nbytes:,} bytes, positions={compensation.positions}, "

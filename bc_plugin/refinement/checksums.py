@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +55,14 @@ def snapshot_checksum(blocks: BlockSnapshot) -> str:
     return found.hexdigest()[:32]
 
 
+def surroundings_checksum(model: nn.Module, lists: Sequence[str]) -> str:
+    """A fingerprint of a model's weights outside of its lists of blocks."""
+    found = hashlib.sha256()
+    for name, tensor in _weights("", model, lists):
+        _add(found, [name, tensor])
+    return found.hexdigest()[:32]
+
+
 def _add(found: Any, value: Any) -> None:
     if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
         value = {name: getattr(value, name) for name in value.__tensor_flatten__()[0]}
@@ -76,15 +84,22 @@ def _add(found: Any, value: Any) -> None:
         found.update(f"{len(text)}:".encode() + text)
 
 
-def _weights(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers, by name, also those that accelerate keeps elsewhere."""
+def _weights(
+    path: str, module: nn.Module, without: Sequence[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers, by name, also those that accelerate keeps elsewhere.
+
+    Args:
+        without: Paths of modules that are left out.
+    """
     with _in_place(module):
         own = {**module._parameters, **module._buffers}
         for name, tensor in own.items():
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 yield path + name, tensor
         for name, child in module.named_children():
-            yield from _weights(f"{path}{name}.", child)
+            if path + name not in without:
+                yield from _weights(f"{path}{name}.", child, without)
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from ..errors import BiasCompensationError
 from ..models.predictions import next_token_log_probabilities
 from .checksums import checksum, model_checksum
 from .disk import reading, written_to
+from .embeddings import embeddings_sample
 
-FORMAT = "2"  # of the files; those of before are written anew
+FORMAT = "3"  # of the files; those of before are written anew
 BATCHES = "batch-*.safetensors"
 
 
@@ -60,13 +61,14 @@ class FloatLogits:
         """
         found = cls(folder)
         float_model = float_model or model_checksum(model)
+        embeddings = embeddings_sample(model)
         for number, batch in enumerate(tqdm(batches, desc="Float logits", leave=False)):
             wanted = _origin(batch, top_k) | {"float_model": float_model}
             if found._holds(number, wanted):
                 continue
             log_p = next_token_log_probabilities(model, batch)
             kept, index = log_p.topk(min(top_k or log_p.shape[-1], log_p.shape[-1]))
-            tensors = {"log_p": kept.cpu(), "index": index.int().cpu()}
+            tensors = {"log_p": kept.cpu(), "index": index.int().cpu(), "embeddings": embeddings}
             metadata = wanted | {"checksum": checksum(tensors)}
             with written_to(found._path(number)) as part:
                 save_file(tensors, part, metadata=metadata)
@@ -76,6 +78,11 @@ class FloatLogits:
     def float_model(self) -> str:
         """The ``model_checksum`` of the model that made the predictions."""
         return self._metadata(0).get("float_model", "")
+
+    @property
+    def embeddings(self) -> Tensor:
+        """The ``embeddings_sample`` of that model."""
+        return self._read(0)["embeddings"]
 
     def check(self, batches: Sequence[Mapping[str, Any]], top_k: int | None) -> None:
         """Make sure that they were recorded for these batches, all from one model.
@@ -112,7 +119,7 @@ class FloatLogits:
         return self.folder / BATCHES.replace("*", str(number))
 
     def _reading(self, number: int) -> AbstractContextManager[None]:
-        return reading(self._path(number), "what the float model predicts is then recorded again")
+        return reading(self._path(number), "what the float model predicts is recorded again")
 
     def _metadata(self, number: int) -> dict[str, str]:
         with self._reading(number), safe_open(self._path(number), "pt") as file:
@@ -120,7 +127,7 @@ class FloatLogits:
 
     def _read(self, number: int) -> dict[str, Tensor]:
         with self._reading(number), safe_open(self._path(number), "pt") as file:
-            return {name: file.get_tensor(name) for name in ("log_p", "index")}
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def divergence(self, number: int, log_q: Tensor) -> Tensor:
         """KL divergence from the float model's distributions, in nats, summed over tokens.

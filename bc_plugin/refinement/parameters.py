@@ -12,8 +12,8 @@ from torch.nn import functional
 from ..models.architectures import ARCHITECTURES
 from ..models.modules import device_of
 from ..models.tracker import PositionTracker
-from ..vectors.attach import CompensatedForward
 from ..vectors.compensation import Compensation
+from ..vectors.in_place import CompensatedForward
 
 
 class TrainedForward(CompensatedForward):

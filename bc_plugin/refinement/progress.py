@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import BiasCompensationError
 from .checksums import checksum
@@ -16,6 +17,8 @@ from .disk import reading, written_to
 from .float_logits import BATCHES
 
 RUN, STATES, FLOAT_LOGITS = "refinement.json", "refinement-*.pt", "float_logits"
+RESULT = "result.txt"  # what the training came to, once that is about to be put in place
+VERSION = 2  # of these files; 1 was a development version's
 FLOAT_MODEL = "float model"  # its name among the inputs
 
 
@@ -40,9 +43,9 @@ class Progress:
         self.folder, self.inputs = folder, dict(inputs or {})
         identity = {"settings": dict(settings or {}), "inputs": self.inputs}
         identity = json.loads(json.dumps(identity))  # as it is read again
+        self.run = checksum([VERSION, identity])
         if folder is not None:
-            identity = _same_run(folder, identity)
-        self.run = checksum(identity)
+            _require_same_run(folder, identity)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """What ``write`` wrote last under this name.
@@ -55,7 +58,7 @@ class Progress:
         path = self._path(name)
         if not path.is_file():
             return None
-        with reading(path, "its training then starts anew"):
+        with reading(path, "its training starts anew"):
             kept = torch.load(path, map_location="cpu", weights_only=True)
             if checksum([kept["run"], kept["state"]]) != kept["checksum"]:
                 raise ValueError("its checksum is another")
@@ -80,37 +83,55 @@ class Progress:
         return self.folder / STATES.replace("*", name)
 
 
+def about_to_place(folder: Path, vectors: Mapping[str, Tensor]) -> None:
+    """Keep which vectors the training in ``folder`` came to."""
+    with written_to(folder / RESULT) as part:
+        part.write_text(checksum(vectors), encoding="utf-8")
+
+
+def is_in_place(folder: Path, vectors: Mapping[str, Tensor]) -> bool:
+    """Whether these vectors are what the training in ``folder`` came to."""
+    path = folder / RESULT
+    return path.is_file() and path.read_bytes() == checksum(vectors).encode()
+
+
 def delete_progress(folder: Path) -> None:
     """Remove what a run kept there, and the folder if nothing else is in it.
 
     For when its result is in a safe place: the training cannot be had again otherwise.
     """
     logits = folder / FLOAT_LOGITS
-    for place, pattern in ((folder, RUN), (folder, STATES), (logits, BATCHES)):
+    # What tells whose the states are goes after them, and last what tells that they are done with.
+    for place, pattern in ((folder, STATES), (logits, BATCHES), (folder, RUN), (folder, RESULT)):
         # Those with a dot were being written when a run was killed.
-        for path in (*place.glob(pattern), *place.glob(f".{pattern}.*")):
+        for path in (*sorted(place.glob(pattern)), *place.glob(f".{pattern}.*")):
             path.unlink(missing_ok=True)
     for empty in (logits, folder):
         with contextlib.suppress(OSError):
             empty.rmdir()
 
 
-def _same_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """What identifies the run whose progress is in a folder, which must be this one if any is."""
+def _require_same_run(folder: Path, identity: dict[str, Any]) -> None:
+    """Keep what identifies this run in a folder, which must hold no other run's progress."""
     path = folder / RUN
     if not (path.is_file() and any(folder.glob(STATES))):  # nothing would be lost
         with written_to(path) as part:
-            kept = {"run": identity, "checksum": checksum(identity)}
+            kept = {"version": VERSION, "run": identity, "checksum": checksum(identity)}
             part.write_text(json.dumps(kept, sort_keys=True), encoding="utf-8")
-        return identity
-    with reading(path, "training then goes on from the other files"):
+        return
+    with reading(path, "training goes on from the other files"):
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if checksum(kept["run"]) != kept["checksum"]:
+        version = kept.get("version")
+        if version == VERSION and checksum(kept["run"]) != kept["checksum"]:
             raise ValueError("its checksum is another")
-        differences = _differences(kept["run"], identity)
+    if version != VERSION:
+        raise BiasCompensationError(
+            f"{path} has version {version!r} of a refinement's progress; this bc_plugin reads "
+            f"{VERSION}. Go on with the bc_plugin that wrote it, or delete {folder} to start anew."
+        )
+    differences = _differences(kept["run"], identity)
     if differences:
         raise _another(folder, differences)
-    return kept["run"]
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

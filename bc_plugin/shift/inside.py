@@ -13,7 +13,7 @@ from ..models.calls import BlockCalls
 from ..models.mixers import convolved_linears
 from ..models.modules import alongside, device_of, dtype_of, gives_features
 from ..models.tracker import PositionTracker
-from ..vectors.attach import AttachedSite
+from ..vectors.in_place import AttachedSite
 from .rescaling import Rescaling
 from .statistics import Site
 

@@ -15,13 +15,15 @@ from torch import nn
 from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
 from ..names import KEY
-from ..vectors.joint import WITHOUT, entry_to_save
+from ..vectors.joint import entry_to_save
 from ..vectors.sealed import seal
+
+OF_ENTRIES = {"format_version", "digest", "vectors_digest", "errors"}  # no setting is called so
 
 
 def is_entry(value: Any) -> bool:
     """Whether ``value`` is what a compensated checkpoint stores, not a request to compensate."""
-    return isinstance(value, Mapping) and not {"digest", WITHOUT}.isdisjoint(value)
+    return isinstance(value, Mapping) and not OF_ENTRIES.isdisjoint(value)
 
 
 def set_flag(config: Any, value: Any) -> None:
@@ -50,10 +52,10 @@ def asked(value: Any) -> BiasCompensationConfig | None:
         BiasCompensationError: ``value`` is an entry.
     """
     if is_entry(value):
-        digest = str(value.get("digest"))[:8]
         raise BiasCompensationError(
-            f"{KEY} is the entry of a compensated checkpoint (digest {digest}...), "
-            "which tells of its vectors and asks for none. To quantize with compensation pass "
+            f"{KEY} is the entry of a compensated checkpoint (digest "
+            f"{str(value.get('digest'))[:8]}...), which tells of its vectors and asks for none. To "
+            "quantize with compensation pass "
             "True, a dict such as {'positions': 1} or a BiasCompensationConfig; to quantize "
             f"without it leave {KEY} out."
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,43 +13,102 @@ from torch import nn
 from ..errors import BiasCompensationError
 from ..marks import mark, unmark
 from ..names import KEY
-from ..vectors.checkpoint import checkpoint_files, read_settings, read_vectors
+from ..vectors.checkpoint import (
+    checkpoint_files,
+    naming,
+    read_vectors,
+    require_files,
+)
 from ..vectors.compensation import Compensation
 from ..vectors.joint import note_saved_without, saved_without
+from ..vectors.settings import read_settings, require_settings
+from ..vectors.weights import keep_weights
 
 R = TypeVar("R")
 
 # The files of the checkpoint that a loader is reading, where it tells of them.
 files_read: ContextVar[tuple[Path, ...] | None] = ContextVar("files_read", default=None)
 
+_keeps_weights: ContextVar[bool] = ContextVar("_keeps_weights", default=False)
+
+
+@contextmanager
+def keeping_weights() -> Iterator[None]:
+    """While it lasts, models that are loaded are known by their weights as the files have them."""
+    token = _keeps_weights.set(True)
+    try:
+        yield
+    finally:
+        _keeps_weights.reset(token)
+
 
 def read_compensation(
     entry: Mapping[str, Any] | None, files: Iterable[str | Path]
 ) -> Compensation | None:
-    """The compensation that a checkpoint's quantization config announces and its files hold.
+    """The compensation that a checkpoint's settings announce and its files hold.
+
+    Args:
+        files: Those that the loader reads, and no others.
 
     Returns:
         None for a checkpoint without vectors.
 
     Raises:
-        BiasCompensationError: only one of the two is there, or they do not fit.
+        BiasCompensationError: only one of the two is there, or they do not belong together, or
+            to the weights in the files.
     """
+    files = list(files)
+    folder = Path(files[0]).parent if files else "the checkpoint"
     if entry is not None and not saved_without(entry):
-        return Compensation.from_entry(entry, read_vectors(files))
-    # Only safetensors files can be looked into without reading all of them.
-    vectors = read_vectors(file for file in files if str(file).endswith(".safetensors"))
+        vectors = read_vectors(files)
+        with naming(files):
+            compensation = Compensation.from_entry(entry, vectors)
+        require_settings(entry, folder)
+        require_files(entry, files)
+        return compensation
+    try:  # only safetensors files can be looked into without reading all of them
+        vectors = read_vectors(file for file in files if str(file).endswith(".safetensors"))
+    except BiasCompensationError:
+        return None  # it is none of ours, and what is wrong with it the loader will say
     if vectors:
         raise BiasCompensationError(
-            f"the checkpoint holds {len(vectors)} compensation tensors, the first is "
+            f"{folder} holds {len(vectors)} compensation tensors, the first is "
             f"{next(iter(vectors))}.{KEY}, but its quantization config has no {KEY} entry; "
             "restore the config it was saved with, or load it without bc_plugin.enable()."
         )
     return None
 
 
-def load_if_any(folder: str | Path) -> Compensation | None:
-    """The compensation of the checkpoint in ``folder``, None when it has none."""
-    return read_compensation(read_settings(folder).get(KEY), checkpoint_files(folder))
+@contextmanager
+def reading_weights(checkpoint: str | Path) -> Iterator[None]:
+    """While it lasts a loader looks for a checkpoint's weights; where it is ours, errors say so.
+
+    Args:
+        checkpoint: Its folder, or a name on the hub, which has none.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not Path(checkpoint).is_dir() or read_settings(checkpoint).get(KEY) is None:
+            raise
+        raise BiasCompensationError(
+            f"the weights in {checkpoint} cannot be found or read ({error}), or the index of them; "
+            "download or save the checkpoint again."
+        ) from error
+
+
+def load_if_any(checkpoint: str | Path) -> Compensation | None:
+    """The compensation of a checkpoint, None when it has none.
+
+    Args:
+        checkpoint: Its folder, or what its loader reads of it: a file, or the index of several.
+    """
+    return read_compensation(_entry_in(checkpoint), checkpoint_files(checkpoint))
+
+
+def _entry_in(checkpoint: str | Path) -> Mapping[str, Any] | None:
+    path = Path(checkpoint)
+    return read_settings(path if path.is_dir() else path.parent).get(KEY)
 
 
 def hold_for(model: nn.Module, checkpoint: str | Path) -> None:
@@ -57,12 +117,10 @@ def hold_for(model: nn.Module, checkpoint: str | Path) -> None:
     Between the two, kernels are initialised, which may repack the weights the digest is taken of.
 
     Args:
-        checkpoint: The folder, or a file in it.
+        checkpoint: As ``load_if_any`` has it.
     """
-    path = Path(checkpoint)
-    folder = path if path.is_dir() else path.parent
-    note_saved_without(read_settings(folder).get(KEY), model)
-    compensation = load_if_any(folder)
+    note_saved_without(_entry_in(checkpoint), model)
+    compensation = load_if_any(checkpoint)
     if compensation is not None:
         compensation.check(model)
         mark(model, compensation)
@@ -85,19 +143,28 @@ def attach_around(
         initialise: The toolkit's own call; returns what is returned.
         compensation: None where there is none.
     """
-    if compensation is None:
-        return initialise()
-    compensation.check(model)
+    if compensation is not None:
+        compensation.check(model)
+    if _keeps_weights.get():
+        keep_weights(model)
     result = initialise()
-    compensation.attach_unchecked(model)
+    if compensation is not None:
+        compensation.attach_unchecked(model)
     return result
 
 
 def fit_to(compensation: Compensation, model: nn.Module) -> Compensation:
-    """The same vectors under the names of ``model``, which may be a base model without a head."""
+    """The same vectors under the names of ``model``.
+
+    It may be a base model without a head where the other had one, or the other way round.
+    """
     prefix = getattr(model, "base_model_prefix", "") + "."
     names = {name for name, _ in model.named_modules()}
     blocks = compensation.blocks
-    if names.issuperset(blocks) or not all(path.startswith(prefix) for path in blocks):
+    if names.issuperset(blocks) or prefix == ".":
         return compensation
-    return compensation.renamed(lambda name: name.removeprefix(prefix))
+    if all(path.startswith(prefix) for path in blocks):
+        return compensation.renamed(lambda name: name.removeprefix(prefix))
+    if names.issuperset(prefix + path for path in blocks):
+        return compensation.renamed(lambda name: prefix + name)
+    return compensation

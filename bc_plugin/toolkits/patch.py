@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import wrapt
+from packaging.specifiers import SpecifierSet
 
 from ..errors import BiasCompensationError
 from ..supported import Supported
@@ -30,11 +31,13 @@ class Patch:
             the module that is derived from ``Class`` and has its own.
         wrapper: A wrapt wrapper, ``(wrapped, instance, args, kwargs) -> result``.
         parameters: Names the function's signature must have for the wrapper to be right.
+        versions: Of the toolkit, where not all that are supported have the function.
     """
 
     target: str
     wrapper: Callable[..., Any]
     parameters: tuple[str, ...] = ()
+    versions: str = ""
 
     @property
     def module(self) -> str:
@@ -80,8 +83,13 @@ class Toolkit:
 
     @property
     def patches(self) -> tuple[Patch, ...]:
-        """All of them."""
-        return (*self.config, *self.quantizing, *self.saving, *self.loading)
+        """All that there are for the installed version."""
+        version = self.supported.version or "0"
+        return tuple(
+            patch
+            for patch in (*self.config, *self.quantizing, *self.saving, *self.loading)
+            if SpecifierSet(patch.versions).contains(version, prereleases=True)
+        )
 
 
 class Applied:

@@ -1,175 +1,21 @@
-"""Vectors in place: added to a module's output, or merged into its bias.
-
-A site's vectors, in the shape that ``Compensation`` gives them, are a buffer ``bias_compensation``
-on the site's own module, so whatever saves or moves the model saves and moves them too.
-"""
+"""A compensation put in place in a model, and taken out again."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from ..errors import BiasCompensationError
-from ..models.arguments import with_hidden
 from ..models.blocks import find_block_lists
-from ..models.forwards import ReplacedForward
 from ..models.modules import device_of, dtype_of
 from ..models.tracker import PositionTracker, Tracking
-from ..names import KEY
 from .contents import Contents
 from .entry import entry_of, set_entry
-from .merge import MergedBias, kernel_adds_bias
+from .in_place import AttachedConvolution, AttachedSite
 
 ATTRIBUTE = "_bias_compensation"
-
-
-class VectorsBuffer:
-    """A site's vectors as a buffer of its module, until ``undo``.
-
-    They are saved in the type they have here, even if the model was cast to another since.
-    """
-
-    def __init__(self, module: nn.Module, vectors: Tensor) -> None:
-        self.vectors = vectors
-        module.register_buffer(KEY, vectors)
-        self.handle = module.register_state_dict_post_hook(self)
-
-    def __call__(self, module: nn.Module, state: dict, prefix: str, metadata: Any) -> None:
-        saved = state.get(prefix + KEY)
-        if saved is not None and saved.dtype != self.vectors.dtype:
-            state[prefix + KEY] = self.vectors.to(saved.device)
-
-    def undo(self, module: nn.Module) -> None:
-        """Take them out of the module."""
-        self.handle.remove()
-        delattr(module, KEY)
-
-
-class AttachedSite:
-    """The vectors of one site, in place until ``detach``.
-
-    Args:
-        module: The quantized linear, or the block.
-        vectors: (positions + 1, features).
-        tracker: Tells which row each token uses; shared by all sites of a model.
-        dtype: The type the model computes in.
-    """
-
-    def __init__(
-        self, module: nn.Module, vectors: Tensor, tracker: PositionTracker, dtype: torch.dtype
-    ) -> None:
-        self.module = module
-        mergeable = kernel_adds_bias(module, vectors, dtype)
-        self.buffer = VectorsBuffer(module, vectors)
-        self.merged = MergedBias(module, dtype) if mergeable else None
-        self.forward = None
-        if self.merged is None or tracker.positions > 0:
-            self.forward = CompensatedForward(module, tracker, self.merged is not None)
-
-    def detach(self) -> None:
-        """Put the module back as it was."""
-        if self.forward is not None:
-            self.forward.undo(self.module)
-        if self.merged is not None:
-            self.merged.undo(self.module)
-        self.buffer.undo(self.module)
-
-
-class AttachedConvolution:
-    """The vectors of a convolution, in place until ``detach``.
-
-    Args:
-        module: The quantized convolution.
-        vectors: (1, channels), or (patches, channels) with patches row by row.
-    """
-
-    def __init__(self, module: nn.Module, vectors: Tensor) -> None:
-        self.module = module
-        self.buffer = VectorsBuffer(module, vectors)
-        self.forward = CompensatedConvolution(module)
-
-    def detach(self) -> None:
-        """Put the module back as it was."""
-        self.forward.undo(self.module)
-        self.buffer.undo(self.module)
-
-
-class CompensatedForward(ReplacedForward):
-    """A module's forward, with each token's row of the module's vectors added to the output."""
-
-    def __init__(self, module: nn.Module, tracker: PositionTracker, shared_is_merged: bool) -> None:
-        super().__init__(module)
-        self.tracker = tracker
-        self.shared_is_merged = shared_is_merged
-        self.made: tuple[Any, Any, Any] = (None, None, None)
-
-    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The module's output, compensated."""
-        output = self.plain(module, *args, **kwargs)
-        if self.undone:
-            return output
-        alone = isinstance(output, Tensor)
-        hidden = output if alone else output[0]
-        rows = self.tracker.rows_of(hidden)
-        if rows is None and self.shared_is_merged:
-            return output
-        added = self._add(module, hidden, rows)
-        return added if alone else with_hidden(output, added)
-
-    def _add(self, module: nn.Module, hidden: Tensor, rows: Tensor | None) -> Tensor:
-        shared, table = self._ready(module._buffers[KEY], hidden)
-        added = hidden + (shared if rows is None else functional.embedding(rows, table))
-        return added if added.dtype == hidden.dtype else added.to(hidden.dtype)
-
-    def _ready(self, vectors: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The last row, and all rows, where and as they are added to ``hidden``.
-
-        Made once, since single tokens are decoded fast, and kept as one tuple, so that threads see
-        all of it or nothing.
-        """
-        if torch.compiler.is_compiling():
-            return self._make(vectors, hidden)
-        version = 0 if vectors.is_inference() else vectors._version
-        made_of, made_for, ready = self.made
-        if made_of is not vectors or made_for != (version, hidden.dtype, hidden.device):
-            ready = self._make(vectors.detach().clone(), hidden)
-            self.made = (vectors, (version, hidden.dtype, hidden.device), ready)
-        return ready
-
-    def _make(self, vectors: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        vectors = vectors.to(hidden.device)
-        shared = vectors[-1].to(torch.promote_types(vectors.dtype, hidden.dtype))
-        if self.shared_is_merged:
-            wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-            vectors = wide - wide[-1]
-        return shared, vectors.to(hidden.dtype)
-
-
-class CompensatedConvolution(ReplacedForward):
-    """A convolution's forward, with the vectors added along the channel axis."""
-
-    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The module's output, (..., channels, height, width), compensated.
-
-        Raises:
-            BiasCompensationError: each patch has a vector, and there are more or fewer patches.
-        """
-        output = self.plain(module, *args, **kwargs)
-        if self.undone:
-            return output
-        vectors = getattr(module, KEY).to(output.device)
-        height, width = output.shape[-2:] if len(vectors) > 1 else (1, 1)
-        if height * width != len(vectors):
-            raise BiasCompensationError(
-                f"images are cut into {height * width} patches, but the compensation has vectors "
-                f"for {len(vectors)}; resize images to the size it was calibrated with, or compute "
-                "one with positions=1."
-            )
-        return (output + vectors.T.view(-1, height, width)).to(output.dtype)
 
 
 @dataclass
@@ -193,37 +39,59 @@ class Attachment:
 
 def attach(compensation: Contents, model: nn.Module) -> None:
     """See ``Compensation.attach_unchecked``."""
-    if hasattr(model, ATTRIBUTE):
+    if _holder(model) is not None:
         raise BiasCompensationError("the model is compensated already; detach that first.")
-    dtype = dtype_of(model)
+    attachment = Attachment(compensation, [], [])
+    try:
+        _put_in_place(attachment, model)
+        set_entry(model, entry_of(compensation))
+    except BaseException:
+        attachment.undo()
+        raise
+    setattr(model, ATTRIBUTE, attachment)
+
+
+def _put_in_place(attachment: Attachment, model: nn.Module) -> None:
+    compensation, dtype = attachment.compensation, dtype_of(model)
     tracker = PositionTracker(compensation.positions)
-    sites: list[AttachedSite | AttachedConvolution] = []
     for name, vectors in compensation.vectors.items():
         module = model.get_submodule(name)
         vectors = vectors.to(device_of(module))
         if compensation.kinds[name] == "convolution":
-            sites.append(AttachedConvolution(module, vectors))
+            attachment.sites.append(AttachedConvolution(module, vectors))
         else:
-            sites.append(AttachedSite(module, vectors, tracker, dtype))
-    trackings = [  # after the sites: a block run again has to find its rows first
-        Tracking(model.get_submodule(blocks.owner), blocks.modules(model), tracker)
-        for blocks in find_block_lists(model, compensation.blocks)
-    ]
-    setattr(model, ATTRIBUTE, Attachment(compensation, sites, trackings))
-    set_entry(model, entry_of(compensation))
+            attachment.sites.append(AttachedSite(module, vectors, tracker, dtype))
+    # After the sites: a block run again has to find its rows first.
+    for blocks in find_block_lists(model, compensation.blocks):
+        owner = model.get_submodule(blocks.owner)
+        attachment.trackings.append(Tracking(owner, blocks.modules(model), tracker))
 
 
 def detach(compensation: Contents, model: nn.Module) -> None:
     """See ``Compensation.detach``."""
     attached = attached_to(model)
-    if attached is None or attached.digest != compensation.digest:
-        raise BiasCompensationError("this compensation is not attached to the model.")
-    getattr(model, ATTRIBUTE).undo()
-    delattr(model, ATTRIBUTE)
-    set_entry(model, None)
+    if attached is None or entry_of(attached) != entry_of(compensation):
+        raise BiasCompensationError(
+            "these vectors are not attached to the model; what is can be taken out with "
+            "Compensation.attached_to(model).detach(model)."
+            if attached is not None
+            else "this compensation is not attached to the model, which has none."
+        )
+    holder = _holder(model)
+    getattr(holder, ATTRIBUTE).undo()
+    delattr(holder, ATTRIBUTE)
+    set_entry(holder, None)
 
 
-def attached_to(model: nn.Module) -> Any:
+def attached_to(model: Any) -> Any:
     """The compensation in place in ``model``, None where there is none."""
-    attachment = getattr(model, ATTRIBUTE, None)
-    return None if attachment is None else attachment.compensation
+    holder = _holder(model)
+    return None if holder is None else getattr(holder, ATTRIBUTE).compensation
+
+
+def _holder(model: Any) -> Any:
+    """The module that vectors are attached to: ``model``, or what a toolkit has wrapped in it."""
+    modules = model.modules() if isinstance(model, nn.Module) else (getattr(model, "model", None),)
+    return next(
+        (module for module in modules if ATTRIBUTE in getattr(module, "__dict__", ())), None
+    )

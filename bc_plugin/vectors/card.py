@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import BiasCompensationError
 from ..names import KEY
-from .checkpoint import read_settings
+from .settings import read_settings
 
 CARD = "README.md"
 _TEXT = """\
@@ -18,7 +20,7 @@ tags:
 
 # A quantized model with bias compensation
 
-Quantized with {method}, {bits} bits. Vectors of the mean shift of its quantization are stored with the
+{quantized} Vectors of the mean shift of its quantization are stored with the
 weights (tensors `*.bias_compensation`), and bc_plugin adds them back. {without}
 
 ```python
@@ -45,6 +47,12 @@ _JOINT = (
 _ALONE = "Without bc_plugin it loads as the quantized model alone, less accurate."
 
 
+def _quantized(settings: Mapping[str, Any]) -> str:
+    method, bits = settings.get("quant_method"), settings.get("bits")
+    how = f" with {str(method).upper()}" if method else ""
+    return f"Quantized{how}, {bits} bits." if bits else f"Quantized{how}."
+
+
 def write_card(folder: str | Path) -> Path:
     """Write a model card into a compensated checkpoint, if it has none.
 
@@ -64,8 +72,7 @@ def write_card(folder: str | Path) -> Path:
         )
     if not path.exists():
         text = _TEXT.format(
-            method=str(settings.get("quant_method", "another method")).upper(),
-            bits=settings.get("bits", "few"),
+            quantized=_quantized(settings),
             without=_JOINT if entry.get("joint") else _ALONE,
         )
         path.write_text(text, encoding="utf-8")

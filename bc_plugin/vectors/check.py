@@ -1,61 +1,18 @@
-"""Whether vectors belong to a model: shapes, and a digest of the quantized weights."""
+"""Whether vectors belong to a model: shapes, and the quantized weights."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
+from itertools import zip_longest
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import BiasCompensationError
 from ..models.blocks import find_block_lists
-from ..models.modules import plain_part, stored_tensors
-from ..models.offloaded import stored_value
+from ..models.modules import stored_tensors
 from ..names import KEY
 from .contents import Contents
-from .fingerprint import fingerprint
-
-
-def _weights(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """The largest stored matrix of every submodule that has one: its weight, packed or not."""
-    largest: dict[str, tuple[str, Tensor]] = {}
-    for name, tensor in stored_tensors(module):
-        owner, _, leaf = name.rpartition(".")
-        if tensor.dim() < 2 or leaf == KEY:
-            continue
-        if owner not in largest or tensor.nbytes > largest[owner][1].nbytes:
-            largest[owner] = name, tensor
-    return largest
-
-
-def _holders(lists: list[str], sites: Iterable[str]) -> list[str]:
-    """Paths of what holds the weights that vectors belong to."""
-    inside = tuple(f"{path}." for path in lists)
-    return lists + sorted(name for name in sites if not name.startswith(inside))
-
-
-def weights_digest(model: nn.Module, lists: Iterable[str], sites: Iterable[str] = ()) -> str:
-    """BLAKE2b over names, shapes and all bytes of the weights that vectors belong to.
-
-    Packed integer weights are stored alike by every loader, so where there are any only those
-    count; floating ones may be cast on the way.
-
-    Args:
-        lists: Paths of the lists of blocks.
-        sites: Names of the sites with vectors.
-
-    Raises:
-        BiasCompensationError: some of these weights are offloaded, and not by accelerate.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for path in _holders(list(lists), sites):
-        weights = _weights(model.get_submodule(path))
-        packed = {n: found for n, found in weights.items() if not found[1].is_floating_point()}
-        for name, (stored, weight) in sorted((packed or weights).items()):
-            value = plain_part(stored_value(model, f"{path}.{stored}"))
-            digest.update(f"{name} {tuple(weight.shape)} {fingerprint(value)}".encode())
-    return digest.hexdigest()
+from .weights import same_floats, weights_of
 
 
 def check(compensation: Contents, model: nn.Module) -> None:
@@ -81,15 +38,27 @@ def check(compensation: Contents, model: nn.Module) -> None:
                 f"{name}.{KEY} holds NaN or infinity; the file is damaged, compute the "
                 "compensation again."
             )
+    _check_weights(compensation, model)
+
+
+def _check_weights(compensation: Contents, model: nn.Module) -> None:
     lists = [blocks.path for blocks in find_block_lists(model, compensation.blocks)]
-    digest = weights_digest(model, lists, compensation.vectors)
-    if digest != compensation.digest:
+    found = weights_of(model, lists, compensation.vectors)
+    if found.digest != compensation.digest:
         raise BiasCompensationError(
             f"the vectors were computed for quantized weights with digest {compensation.digest}; "
-            f"this model's weights have {digest}. Load the checkpoint they were saved with, or "
-            "compute them again with bc_plugin.compensate. (Some kernels repack their weights "
+            f"this model's weights have {found.digest}. Load the checkpoint they were saved with, "
+            "or compute them again with bc_plugin.compensate. (Some kernels repack their weights "
             "when first run: attach before running the model.)"
         )
+    blocks = zip_longest(compensation.float_weights, found.float_weights, fillvalue="")
+    for number, (expected, own) in enumerate(blocks):
+        if not same_floats(expected, own):
+            raise BiasCompensationError(
+                f"the vectors were computed for a model whose block {number} has other scales, "
+                "norms or biases than this one's, with the same integers. Load the checkpoint they "
+                "were saved with, or compute them again with bc_plugin.compensate."
+            )
 
 
 def _widths(module: nn.Module, attribute: str) -> set[int]:

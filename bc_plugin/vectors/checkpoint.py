@@ -1,49 +1,191 @@
-"""Reading settings and vectors out of checkpoint files."""
+"""A checkpoint's vectors and weights, read from the files that its loader reads."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..names import SUFFIX
-from .sealed import unseal
+from ..errors import BiasCompensationError
+from ..names import FILE, FILES_DIGEST, KEY, SUFFIX
+from .fingerprint import fingerprint
+from .settings import read_json
+
+# In the order in which transformers looks for them; toolkits' own names come after these.
+_KNOWN = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
-def checkpoint_files(folder: str | Path) -> list[Path]:
-    """The weight files of a checkpoint: safetensors where there are any, else PyTorch's."""
-    folder = Path(folder)
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+def checkpoint_files(checkpoint: str | Path) -> list[Path]:
+    """The weight files of a checkpoint.
+
+    Args:
+        checkpoint: A folder, a file of weights, or the index of several.
+
+    Returns:
+        None for a folder without weights.
+
+    Raises:
+        BiasCompensationError: an index is damaged, or names a file that is not there; a folder has
+            weights of several checkpoints, and none under a name that goes first.
+    """
+    path = Path(checkpoint)
+    if path.suffix == ".json":
+        return _listed(path)
+    if not path.is_dir():
+        return [path]
+    for name in _KNOWN:
+        if (path / name).is_file():
+            return checkpoint_files(path / name)
+    found = sorted(path.glob("*.safetensors.index*.json"))
+    found = found or sorted(p for p in path.glob("*.safetensors") if p.name != FILE)
+    if len(found) > 1:
+        raise BiasCompensationError(
+            f"{path} has weights under several names, {found[0].name} and {found[1].name}, so "
+            f"which of them are its own is unknown; leave one, or name it {_KNOWN[0]}."
+        )
+    return checkpoint_files(found[0]) if found else []
 
 
-def read_settings(folder: str | Path) -> dict[str, Any]:
-    """The quantization settings of a checkpoint, wherever its toolkit keeps them."""
-    for name, section in (("config.json", "quantization_config"), ("quantize_config.json", None)):
-        path = Path(folder) / name
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        settings = settings.get(section) if section else settings
-        if settings:
-            return unseal(settings)
-    return {}
+def _listed(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as error:
+        raise BiasCompensationError(
+            f"{index} is no index of weights: it has no weight_map of names; download or save the "
+            "checkpoint again."
+        ) from error
+    files = [index.parent / str(name) for name in names]
+    for file in files:
+        if not file.is_file():
+            raise BiasCompensationError(
+                f"{index} names {file.name}, which is not there; download or save the checkpoint "
+                "again."
+            )
+    return files
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a file of vectors alone says of them, empty if nothing.
+
+    Raises:
+        BiasCompensationError: it is damaged.
+    """
+    with _reading(path), safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(KEY)
+        return {} if text is None else {KEY: json.loads(text)}
+
+
+@contextmanager
+def naming(files: Iterable[str | Path]) -> Iterator[None]:
+    """While it lasts, errors of ours begin with the files that they are about."""
+    try:
+        yield
+    except BiasCompensationError as error:
+        raise BiasCompensationError(f"{named(files)}: {error}") from error
+
+
+def named(files: Iterable[str | Path]) -> str:
+    """Files of one folder, as an error names them."""
+    first, *rest = [*map(Path, files)] or [Path("the checkpoint")]
+    return f"{first} to {rest[-1].name}" if rest else str(first)
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
+        raise BiasCompensationError(
+            f"{path} cannot be read ({str(error) or type(error).__name__}); it is damaged, or not "
+            "all of it was written: download or save the checkpoint again."
+        ) from error
+
+
+def tensors_in(path: str | Path, vectors: bool) -> Iterator[tuple[str, Tensor]]:
+    """The compensation tensors of a file, or all but those, one after the other.
+
+    Raises:
+        BiasCompensationError: the file is damaged.
+    """
+    with _reading(path):
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, "pt") as file:
+                for key in sorted(file.keys()):
+                    if key.endswith(SUFFIX) == vectors:
+                        yield key, file.get_tensor(key)
+        elif str(path).endswith(".bin"):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            for key, tensor in sorted(state.items()):
+                if key.endswith(SUFFIX) == vectors and isinstance(tensor, Tensor):
+                    yield key, tensor.clone() if vectors else tensor
 
 
 def read_vectors(files: Iterable[str | Path]) -> dict[str, Tensor]:
-    """The compensation tensors in a checkpoint's files, by site name."""
-    vectors = {}
+    """The compensation tensors in a checkpoint's files, by site name.
+
+    Raises:
+        BiasCompensationError: a file is damaged, or two have a tensor of one name.
+    """
+    vectors: dict[str, Tensor] = {}
     for path in files:
-        if str(path).endswith(".safetensors"):
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118, not a dict
-                    if key.endswith(SUFFIX):
-                        vectors[key.removesuffix(SUFFIX)] = file.get_tensor(key)
-        elif str(path).endswith(".bin"):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            for key, tensor in state.items():
-                if key.endswith(SUFFIX):
-                    vectors[key.removesuffix(SUFFIX)] = tensor.clone()
+        for key, tensor in tensors_in(path, vectors=True):
+            name = key.removesuffix(SUFFIX)
+            if name in vectors:
+                raise BiasCompensationError(
+                    f"{path} has {key} a second time; another file of the checkpoint has it, too. "
+                    "Download or save the checkpoint again."
+                )
+            vectors[name] = tensor
     return vectors
+
+
+def files_digest(files: Iterable[str | Path]) -> str:
+    """BLAKE2b over names, types, shapes and all bytes of a checkpoint's tensors but the vectors.
+
+    How they are spread over files makes no difference.
+
+    Raises:
+        BiasCompensationError: a file is damaged.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    found = {
+        key: f"{key} {tensor.dtype} {tuple(tensor.shape)} {fingerprint(tensor)}"
+        for path in files
+        for key, tensor in tensors_in(path, vectors=False)
+    }
+    for _, text in sorted(found.items()):
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+def require_files(entry: Mapping[str, Any], files: Iterable[str | Path]) -> None:
+    """Make sure that an entry was written with these files' weights.
+
+    An entry that was saved without ``bc_plugin.enable()`` does not say.
+
+    Raises:
+        BiasCompensationError: it was written with others.
+    """
+    expected, files = entry.get(FILES_DIGEST), list(files)
+    if expected is None:
+        return
+    digest = files_digest(files)
+    if digest != expected:
+        raise BiasCompensationError(
+            f"the weights in {named(files)} are not those that the {KEY} entry of the config was "
+            f"written with: their digest is {digest}, expected {expected}. A file is damaged, "
+            "or of another save, or a tensor was changed since; download or save the checkpoint "
+            "again, or compensate it again."
+        )

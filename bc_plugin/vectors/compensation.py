@@ -7,21 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
 from ..files import written_whole
-from ..names import KEY, SUFFIX
+from ..names import FILE, KEY, SUFFIX
 from .attach import attach, attached_to, detach
 from .check import check
-from .checkpoint import checkpoint_files, read_settings, read_vectors
+from .checkpoint import checkpoint_files, naming, read_metadata, read_vectors
 from .contents import Contents
 from .entry import entry_of, read_entry, set_entry
 from .joint import entry_to_save, mark_joint, saved_without
-
-FILE = "bias_compensation.safetensors"
+from .settings import read_settings
 
 
 class Compensation(Contents):
@@ -112,21 +110,24 @@ class Compensation(Contents):
 
     @classmethod
     def load(cls, folder: str | Path) -> Compensation:
-        """Read the vectors that ``save`` wrote, or those of a compensated checkpoint.
+        """Read the vectors of a compensated checkpoint, or those that ``save`` wrote.
 
         Raises:
-            BiasCompensationError: ``folder`` holds neither, or they are incomplete.
+            BiasCompensationError: ``folder`` holds neither, or they are damaged or incomplete.
         """
         folder = Path(folder)
-        alone = folder / FILE
-        if alone.is_file():
-            with safe_open(alone, "pt") as file:
-                entry = json.loads((file.metadata() or {}).get(KEY, "{}"))
-            return cls.from_entry(entry, read_vectors([alone]))
-        entry = read_settings(folder).get(KEY)
+        if not folder.is_dir():
+            raise BiasCompensationError(f"there is no folder {folder}.")
+        entry, files = read_settings(folder).get(KEY), [folder / FILE]
+        if entry is not None:
+            files = checkpoint_files(folder)
+        elif files[0].is_file():
+            entry = read_metadata(files[0]).get(KEY)
         if entry is None:
             raise BiasCompensationError(
-                f"{folder} holds no compensation: there is no {FILE}, and no {KEY} entry in the "
-                "quantization_config of a config.json."
+                f"{folder} holds no compensation: there is no {KEY} entry in the "
+                f"quantization_config of a config.json, and no {FILE}."
             )
-        return cls.from_entry(entry, read_vectors(checkpoint_files(folder)))
+        vectors = read_vectors(files)
+        with naming(files):
+            return cls.from_entry(entry, vectors)

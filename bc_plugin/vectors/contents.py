@@ -27,6 +27,19 @@ class SiteErrors:
     held_out_after: float | None = None
 
 
+ATTRIBUTES = (
+    "vectors",
+    "kinds",
+    "errors",
+    "positions",
+    "blocks",
+    "digest",
+    "joint",
+    "refined",
+    "float_weights",
+)
+
+
 class Contents:
     """Vectors, and what is known of them.
 
@@ -39,6 +52,7 @@ class Contents:
         positions: Number of leading positions with a vector of their own.
         blocks: Paths of the lists of blocks; mostly there is one.
         digest: Of the quantized weights that the vectors belong to.
+        float_weights: What tells their scales, norms and biases apart, a text per block.
         joint: Whether the quantizer knew that they would follow, and minimised what they leave.
         refined: How they were trained after the closed form, which ``errors`` are of: ``by``,
             ``steps``, and the loss ``before`` and ``after`` on held-out sequences. None if not.
@@ -57,6 +71,7 @@ class Contents:
         digest: str,
         joint: bool = False,
         refined: Mapping[str, Any] | None = None,
+        float_weights: Sequence[str] = (),
     ) -> None:
         self.vectors = dict(vectors)
         self.kinds = dict(kinds)
@@ -66,6 +81,7 @@ class Contents:
         self.digest = digest
         self.joint = joint
         self.refined = refined
+        self.float_weights = tuple(float_weights)
 
     def __repr__(self) -> str:
         return (
@@ -80,8 +96,7 @@ class Contents:
 
     def replaced(self, **changes: Any) -> Self:
         """The same but for ``changes``, named as the attributes are."""
-        names = ("vectors", "kinds", "errors", "positions", "blocks", "digest", "joint", "refined")
-        return type(self)(**{**{name: getattr(self, name) for name in names}, **changes})
+        return type(self)(**{**{name: getattr(self, name) for name in ATTRIBUTES}, **changes})
 
     def only(self, names: Sequence[str]) -> Self:
         """The vectors of some sites alone."""

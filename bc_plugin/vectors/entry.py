@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -16,8 +18,9 @@ from torch import Tensor, nn
 from ..errors import BiasCompensationError
 from ..names import KEY
 from .contents import Contents, SiteErrors
+from .fields import require_fields
 from .sealed import seal, unseal
-from .short_names import collapse, expand
+from .short_names import MOST, collapse, expand
 
 FORMAT_VERSION = 2
 
@@ -44,8 +47,9 @@ def entry_of(compensation: Contents) -> dict[str, Any]:
         "joint": compensation.joint,
         "refined": compensation.refined,
         "digest": compensation.digest,
-        "vectors_digest": vectors_digest(compensation.vectors),
+        "float_weights": list(compensation.float_weights),
         "errors": errors,
+        "vectors_digest": vectors_digest(compensation),
     }
 
 
@@ -60,30 +64,21 @@ def read_entry(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
         BiasCompensationError: the format is newer, the entry is damaged, or tensors are missing or
             superfluous.
     """
-    _check_version(entry)
+    require_fields(entry, FORMAT_VERSION)
     try:
-        kinds = {
-            name: kind
-            for kind, shorts in entry["sites"].items()
-            for short in shorts
-            for name in expand(short)
-        }
+        kinds = _read_sites(entry["sites"])
         found = {
             "kinds": kinds,
             "errors": _read_errors(entry["errors"]),
-            "positions": entry["positions"],
-            "blocks": entry["blocks"],
-            "digest": entry["digest"],
-            "joint": entry.get("joint", False),
-            "refined": entry.get("refined"),
+            **{name: entry[name] for name in ("positions", "blocks", "digest", "joint", "refined")},
+            "float_weights": entry["float_weights"],
         }
-        bound_to = entry["vectors_digest"]
         if set(found["errors"]) != set(kinds):
-            raise KeyError(*sorted(set(found["errors"]) ^ set(kinds))[:1])
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"errors and sites differ, in {set(found['errors']) ^ set(kinds)}")
+    except (KeyError, ValueError, AttributeError, TypeError, OverflowError) as error:
         raise BiasCompensationError(
-            f"the {KEY} entry of the quantization config is damaged ({error!r}); take it from "
-            "the original checkpoint, or compute the compensation again."
+            f"the {KEY} entry is damaged, in its sites or errors ({error}); take it from the "
+            "original checkpoint, or compute the compensation again."
         ) from error
     missing = sorted(set(kinds) - set(tensors))
     if missing:
@@ -94,73 +89,90 @@ def read_entry(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
     unknown = sorted(set(tensors) - set(kinds))
     if unknown:
         raise BiasCompensationError(
-            f"the checkpoint has {unknown[0]}.{KEY}, which its quantization config does not "
-            "announce; the two do not belong together."
+            f"the checkpoint has {unknown[0]}.{KEY}, which its {KEY} entry does not announce; the "
+            "two do not belong together."
         )
-    vectors = {name: tensors[name] for name in kinds}
-    _check_digest(vectors, bound_to)
-    return {"vectors": vectors, **found}
+    found = {"vectors": {name: tensors[name] for name in kinds}, **found}
+    _check_digest(Contents(**found), entry["vectors_digest"])
+    return found
 
 
 def set_entry(model: nn.Module, entry: dict[str, Any] | None) -> None:
-    """Keep the model's quantization config in step, since saving the model writes it."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    """Keep the model's config in step, since saving the model writes it.
+
+    The entry is one of its quantization settings; of a model that no toolkit quantized, it stands
+    beside the others.
+    """
+    config = getattr(model, "config", None)
     if config is None:
         return
-    is_dict = isinstance(config, dict)
-    # It may be the user's, for other models too.
-    config = unseal(config) if is_dict else copy.copy(config)
-    values = config if is_dict else vars(config)
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        _set(vars(config), entry)
+        return
+    # They may be the user's, for other models too.
+    if isinstance(settings, dict):
+        settings = unseal(settings)
+        _set(settings, entry)
+        settings = seal(settings)  # they are saved as they are
+    else:
+        settings = copy.copy(settings)
+        _set(vars(settings), entry)
+    config.quantization_config = settings
+
+
+def _set(values: dict[str, Any], entry: dict[str, Any] | None) -> None:
     if entry is None:
         values.pop(KEY, None)
     else:
         values[KEY] = entry
-    model.config.quantization_config = seal(config) if is_dict else config  # a dict is saved as is
 
 
-def vectors_digest(vectors: Mapping[str, Tensor]) -> str:
-    """BLAKE2b over names, types, shapes and bytes of all vectors."""
+def vectors_digest(contents: Contents) -> str:
+    """BLAKE2b over all vectors, their names, types, shapes and bytes, and what is said of them."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(vectors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    said = [contents.positions, contents.blocks, contents.joint, contents.refined]
+    said += [contents.digest, contents.float_weights]
+    digest.update(json.dumps(said, sort_keys=True).encode())
+    for name, tensor in sorted(contents.vectors.items()):
+        errors = [_number(value) for value in astuple(contents.errors[name])]
+        about = f"{name} {contents.kinds[name]} {errors} {tensor.dtype} {tuple(tensor.shape)}"
+        digest.update(about.encode())
         stored = tensor.detach().cpu().contiguous()
         digest.update(stored.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _check_digest(vectors: Mapping[str, Tensor], expected: str) -> None:
-    digest = vectors_digest(vectors)
+def _check_digest(contents: Contents, expected: str) -> None:
+    digest = vectors_digest(contents)
     if digest == expected:
         return
-    for name, tensor in vectors.items():
+    for name, tensor in contents.vectors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise BiasCompensationError(
                 f"{name}.{KEY} holds NaN or infinity; the file is damaged, download or save the "
                 "checkpoint again."
             )
     raise BiasCompensationError(
-        f"the compensation tensors (*.{KEY}) are not those that the quantization config was "
-        f"written with: their digest is {digest}, expected {expected}. A file is damaged, or "
-        "of another checkpoint; download or save the checkpoint again."
+        f"the compensation tensors (*.{KEY}) are not those that the {KEY} entry was written with, "
+        "or the entry itself was changed (its positions, blocks, sites, errors, joint, refined, "
+        f"digest, float_weights or vectors_digest): their digest is {digest}, expected {expected}. "
+        "A file is damaged, or of another checkpoint; download or save the checkpoint again."
     )
-
-
-def _check_version(entry: Mapping[str, Any]) -> None:
-    version = entry.get("format_version")
-    if version == 1:
-        raise BiasCompensationError(
-            "the compensation has format version 1, of a development version, in which nothing "
-            "binds the vectors to their checkpoint; compute it again with this bc_plugin."
-        )
-    if version != FORMAT_VERSION or isinstance(version, bool):
-        raise BiasCompensationError(
-            f"the compensation has format version {version!r}; this bc_plugin reads "
-            f"{FORMAT_VERSION}. Upgrade it."
-        )
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def _read_sites(sites: Mapping[str, list[str]]) -> dict[str, str]:
+    kinds: dict[str, str] = {}
+    for kind, shorts in sites.items():
+        for short in shorts:
+            kinds |= dict.fromkeys(expand(short), kind)
+            if len(kinds) > MOST:
+                raise ValueError(f"more than {MOST} sites")
+    return kinds
 
 
 def _read_errors(groups: Mapping[str, Mapping[str, str]]) -> dict[str, SiteErrors]:

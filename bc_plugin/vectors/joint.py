@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import BiasCompensationError
 from ..marks import mark, mark_of
+from ..names import KEY
 from .attach import attached_to
 from .entry import FORMAT_VERSION, entry_of
 from .short_names import collapse, expand
@@ -75,7 +76,14 @@ def entry_to_save(model: nn.Module) -> dict[str, Any] | None:
 
 def saved_without(entry: Mapping[str, Any] | None) -> list[str]:
     """The linears, of an entry that was written without the vectors they count on; else none."""
-    return [name for short in (entry or {}).get(WITHOUT, ()) for name in expand(short)]
+    shorts = entry.get(WITHOUT) if isinstance(entry, Mapping) else None
+    try:
+        return [name for short in shorts or () for name in expand(short)]
+    except (TypeError, ValueError) as error:
+        raise BiasCompensationError(
+            f"the {KEY} entry is damaged: {WITHOUT!r} is {shorts!r}, expected names of linears "
+            f"({error}); take it from the original checkpoint."
+        ) from error
 
 
 def note_saved_without(entry: Mapping[str, Any] | None, model: nn.Module) -> None:

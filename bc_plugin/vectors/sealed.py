@@ -8,20 +8,26 @@ entry. Configs of other checkpoints, and all of them in memory, stay as they are
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import BiasCompensationError
 from ..names import KEY
 
-# Some loaders check one and some the other first, so both say it.
-SEALED = ("bits", "checkpoint_format")
 VALUES = "sealed"
 NEEDS = (
     "a checkpoint quantized jointly with its bias_compensation vectors, which only bc_plugin "
     "loads: call bc_plugin.enable() before loading, or start the program with "
     "`bc-plugin run -- COMMAND`; without them it is worth nothing"
 )
+# Who shows which: transformers bits; GPTQModel, and others of its family, the format; vLLM a rule
+# that it cannot follow, before it trips over bits.
+SEALED = {
+    "bits": NEEDS,
+    "checkpoint_format": NEEDS,
+    "dynamic": {NEEDS: {"desc_act": True, "group_size": 128}},
+}
 
 
 def seal(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +42,7 @@ def seal(settings: Mapping[str, Any]) -> dict[str, Any]:
     if VALUES in entry:
         return dict(settings)
     values = {name: settings[name] for name in SEALED if name in settings}
-    return {**settings, **dict.fromkeys(SEALED, NEEDS), KEY: {**entry, VALUES: values}}
+    return {**settings, **copy.deepcopy(SEALED), KEY: {**entry, VALUES: values}}
 
 
 def unseal(settings: Mapping[str, Any]) -> dict[str, Any]:

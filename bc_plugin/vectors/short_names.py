@@ -46,8 +46,8 @@ def expand(short: str) -> list[str]:
     for part in match.group(1).split(","):
         first, _, last = part.partition("-")
         numbers = range(int(first), int(last or first) + 1)
-        if not 0 < len(numbers) <= MOST:
-            raise ValueError(f"{short!r} stands for {len(numbers)} names")
+        if not 0 < len(numbers) <= MOST - len(names):
+            raise ValueError(f"{short[:80]!r} stands for {len(names) + len(numbers)} names")
         for number in numbers:
             names.append(f"{short[: match.start()]}{number}{short[match.end() :]}")
     return names

@@ -4,7 +4,7 @@ import pytest
 from helpers.language import LetterTokenizer
 
 from bc_plugin import BiasCompensationError
-from bc_plugin.calibration.text import read_text, windows
+from bc_plugin.calibration import read_text, windows
 
 
 def test_windows_follow_each_other():

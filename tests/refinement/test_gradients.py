@@ -9,6 +9,7 @@ from helpers.refinement import CALIBRATION, compensated, refine
 from torch import nn
 
 import bc_plugin
+from bc_plugin.refinement.train import Training
 
 
 def test_recomputed_activations_give_the_same():
@@ -46,17 +47,30 @@ class DecidedWhenFirstRun(WithoutBackward):
         return nn.functional.linear(inputs, self.packed, self.bias)
 
 
+class RoundsAsDecided(DecidedWhenFirstRun):
+    """One whose two ways round differently, as gptqmodel's do on a CPU."""
+
+    def forward(self, inputs):
+        output = super().forward(inputs)
+        return output if self.followed else output.bfloat16().float()
+
+
+def with_kernels(model, kernel):
+    """The same model, its linears run by a kernel."""
+    for block in model.model.layers:
+        for parent in (block.self_attn, block.mlp):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, kernel(child))
+    return model
+
+
 @pytest.mark.parametrize("kernel", [WithoutBackward, DecidedWhenFirstRun])
 @pytest.mark.parametrize("by", ["model", "block"])
 def test_a_kernel_without_a_backward_pass_trains_as_well(by, kernel):
     model = tiny_model()
     quantized = crudely_quantized(model)
-    other = copy.deepcopy(quantized)
-    for block in other.model.layers:
-        for parent in (block.self_attn, block.mlp):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, kernel(child))
+    other = with_kernels(copy.deepcopy(quantized), kernel)
     results = []
     for one in (quantized, other):
         bc_plugin.compensate(one, model, CALIBRATION, {"held_out": 0}).attach(one)
@@ -64,3 +78,27 @@ def test_a_kernel_without_a_backward_pass_trains_as_well(by, kernel):
     assert results[0].refined["after"] < results[0].refined["before"]
     for name, vectors in results[0].vectors.items():
         torch.testing.assert_close(results[1].vectors[name], vectors, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("by", ["model", "block"])
+def test_what_a_kernel_decides_when_first_run_is_the_same_after_a_stop(tmp_path, monkeypatch, by):
+    model = tiny_model()
+    quantized = with_kernels(crudely_quantized(model), RoundsAsDecided)
+    compensation = bc_plugin.compensate(quantized, model, CALIBRATION, {"held_out": 0})
+    found, step = [], Training._step
+
+    def stopped(self, number):
+        if number == 5:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    for folder in (None, tmp_path):
+        one = copy.deepcopy(quantized)
+        compensation.attach(one)
+        if folder is not None:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(Training, "_step", stopped)
+                refine(one, model, folder, by=by)
+        found.append(refine(one, model, folder, by=by))
+    for name, vectors in found[0].vectors.items():
+        assert torch.equal(found[1].vectors[name], vectors)

@@ -91,7 +91,7 @@ def test_a_kernel_with_a_bias_of_another_order_is_left_alone():
             return nn.functional.linear(x, *self.kernel)
 
     from bc_plugin.models.tracker import PositionTracker
-    from bc_plugin.vectors.attach import AttachedSite
+    from bc_plugin.vectors.in_place import AttachedSite
 
     for kind in (Permuted, BuiltOnce):
         module = kind(8, 6)

@@ -45,7 +45,9 @@ def test_changed_vectors_are_refused(saved, damage):
         tensors.update(zip(names, (v.contiguous() for v in values), strict=True))
 
     _rewrite(path, change)
-    with pytest.raises(BiasCompensationError, match="are not those that the quantization config"):
+    with pytest.raises(
+        BiasCompensationError, match="are not those that the bias_compensation entry"
+    ):
         Compensation.load(path.parent)
 
 

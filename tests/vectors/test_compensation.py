@@ -119,7 +119,7 @@ def _rewrite(folder, change_tensors=None, change_entry=None):
         ),
         (
             {"change_tensors": lambda t: t.update({"x.bias_compensation": torch.zeros(2, 3)})},
-            r"x\.bias_compensation, which its quantization config does not announce",
+            r"x\.bias_compensation, which its bias_compensation entry does not announce",
         ),
         ({"change_entry": lambda e: e.update(format_version=99)}, "format version 99"),
         ({"change_entry": lambda e: e.pop("positions")}, "damaged"),

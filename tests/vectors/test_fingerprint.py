@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers.language import tiny_model
 
-from bc_plugin.vectors.check import weights_digest
 from bc_plugin.vectors.fingerprint import ROW, ROWS, WORD, fingerprint
+from bc_plugin.vectors.weights import weights_of
 
 
 def words(count=4 * ROW + 5, dtype=torch.int32):
@@ -52,7 +52,7 @@ def test_a_strided_tensor_is_read_in_its_order():
 
 def test_one_replaced_weight_is_another_digest():
     model = tiny_model(hidden_size=64)
-    before = weights_digest(model, ["model.layers"])
+    before = weights_of(model, ["model.layers"])
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight[3, 5] += 0.01
-    assert weights_digest(model, ["model.layers"]) != before
+    assert weights_of(model, ["model.layers"]) != before

@@ -10,7 +10,6 @@ import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation
 from bc_plugin.names import KEY
 from bc_plugin.toolkits.flag import config_of, is_entry
-from bc_plugin.vectors.checkpoint import read_settings
 from bc_plugin.vectors.joint import (
     entry_to_save,
     joint_linears,
@@ -18,6 +17,7 @@ from bc_plugin.vectors.joint import (
     saved_without,
 )
 from bc_plugin.vectors.sealed import NEEDS, SEALED, seal, unseal
+from bc_plugin.vectors.settings import read_settings
 
 JOINT = {
     "bits": 3,
@@ -43,7 +43,8 @@ def test_what_is_sealed_says_what_it_needs_and_is_itself_again(others):
     kept = copy.deepcopy(settings)
     sealed = seal(settings)
     for name in SEALED:
-        assert "bias_compensation" in sealed[name] and "bc_plugin.enable()" in sealed[name]
+        assert NEEDS in sealed[name]
+    assert "bias_compensation" in NEEDS and "bc_plugin.enable()" in NEEDS
     assert unseal(json.loads(json.dumps(sealed))) == settings == kept
     assert seal(sealed) == sealed
     assert unseal(settings) == settings

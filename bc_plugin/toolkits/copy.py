@@ -1,0 +1,73 @@
+"""A quantized checkpoint's own files with vectors beside its weights.
+
+Nothing of it goes through a loaded model, whose kernels may have repacked the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..names import FILE, KEY, SUFFIX
+from ..vectors.checkpoint import checkpoint_files, tensors_in
+from ..vectors.compensation import Compensation
+from ..vectors.settings import read_json
+from .save import INDEX, SINGLE, write_entry
+
+VECTORS = "model-bias_compensation.safetensors"  # beside a checkpoint of several files
+
+
+def copy_compensated(source: Path, out: Path, compensation: Compensation) -> None:
+    """Write the checkpoint in ``source`` to ``out``, a folder that is there, with these vectors.
+
+    A checkpoint of one file stays one; files of a larger one that hold no vectors are copied as
+    they are. Vectors that it has are left out.
+
+    Raises:
+        BiasCompensationError: the checkpoint is damaged.
+    """
+    files = checkpoint_files(source)
+    vectors = {name + SUFFIX: v.contiguous().cpu() for name, v in compensation.vectors.items()}
+    if len(files) == 1:
+        name = files[0].name if files[0].suffix == ".safetensors" else SINGLE
+        _write(files[0], out / name, vectors)
+    else:
+        _write_several(source, files, out, vectors)
+    for file in source.iterdir():
+        weights = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.name != FILE:
+            shutil.copy(file, out / file.name)
+    write_entry(out, compensation.entry())
+
+
+def _write_several(source: Path, files: list[Path], out: Path, vectors: dict[str, Tensor]) -> None:
+    places = {}
+    for file in files:
+        names = [key for key, _ in tensors_in(file, vectors=False)]
+        name = f"{file.stem}.safetensors"
+        if names and file.suffix == ".safetensors" and not any(tensors_in(file, vectors=True)):
+            shutil.copy(file, out / name)
+        elif names:
+            _write(file, out / name, {})
+        places |= dict.fromkeys(names, name)
+    save_file(vectors, out / VECTORS, metadata={"format": "pt"})
+    places |= dict.fromkeys(vectors, VECTORS)
+    found = sorted(source.glob("*.index.json"))
+    about = read_json(found[0]).get("metadata", {}) if found else {}
+    index = {"metadata": about, "weight_map": dict(sorted(places.items()))}
+    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write(source: Path, file: Path, vectors: dict[str, Tensor]) -> None:
+    tensors = {key: t.contiguous() for key, t in tensors_in(source, vectors=False)}
+    metadata = {"format": "pt"}
+    if source.suffix == ".safetensors":
+        with safe_open(source, "pt") as opened:
+            metadata |= opened.metadata() or {}
+    metadata.pop(KEY, None)
+    save_file({**tensors, **vectors}, file, metadata=metadata)

@@ -1,0 +1,1 @@
+"""Damaged, mismatched, stale and interrupted inputs, and what becomes of each."""
