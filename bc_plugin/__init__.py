@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .refine import record_float_logits, refine
     from .refinement.config import RefinementConfig
     from .refinement.float_logits import FloatLogits
+    from .vectors.card import write_card
     from .vectors.compensation import Compensation
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "export",
     "record_float_logits",
     "refine",
+    "write_card",
 ]
 _MODULES = {  # of those whose module has another name
     "BiasCompensationConfig": "config",
@@ -49,6 +51,7 @@ _MODULES = {  # of those whose module has another name
     "disable": "enable",
     "enabled": "enable",
     "record_float_logits": "refine",
+    "write_card": "vectors.card",
 }
 
 

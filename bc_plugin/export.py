@@ -19,6 +19,7 @@ from .files import new_folder
 from .models.architectures import ENGINES
 from .names import KEY
 from .vectors.compensation import Compensation
+from .vectors.sealed import unseal
 
 
 def export(
@@ -96,6 +97,7 @@ def _repack(tensors: dict[str, Tensor], config: dict[str, Any], engine: str) -> 
     settings = config.get("quantization_config")
     if settings is None:
         return
+    settings = config["quantization_config"] = unseal(settings)
     settings.pop(KEY, None)
     if engine == "vllm" and needs_widening(settings):
         widen(tensors, settings)

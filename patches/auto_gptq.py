@@ -17,6 +17,7 @@ from bc_plugin.toolkits.load import attach_around, files_read, read_compensation
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, is_running, run_compensated
 from bc_plugin.toolkits.save import saved_whole
+from bc_plugin.vectors.joint import note_saved_without
 from bc_plugin.vectors.settings import read_settings
 
 # Config
@@ -121,9 +122,7 @@ def _from_quantized(wrapped, cls, args, kwargs):
     finally:
         files_read.reset(token)
     # Saving it again writes what its own config says.
-    entry = getattr(gptq.model.config, "quantization_config", {}).get(KEY)
-    if entry is not None:
-        set_flag(gptq.quantize_config, entry)
+    gptq.quantize_config = config_of(gptq.model, gptq.quantize_config)
     return gptq
 
 
@@ -147,6 +146,7 @@ def _post_init(wrapped, instance, args, kwargs):
             "load it with transformers and gptqmodel, or quantize with AutoGPTQ."
         )
     model = argument("model", 0, args, kwargs)
+    note_saved_without(settings.get(KEY), model)
     return attach_around(lambda: wrapped(*args, **kwargs), model, compensation)
 
 

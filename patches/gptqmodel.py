@@ -21,6 +21,8 @@ from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
 from bc_plugin.toolkits.save import plain_vectors, put_vectors, saved_whole, take_vectors
 from bc_plugin.vectors import Compensation
+from bc_plugin.vectors.joint import saved_without
+from bc_plugin.vectors.sealed import unseal
 from bc_plugin.vectors.settings import read_settings
 
 # Config
@@ -34,6 +36,12 @@ def _make_config(wrapped, cls, args, kwargs):
     config = wrapped(*args, **kwargs)
     set_flag(config, flag)
     return config
+
+
+def _config_from_dict(wrapped, cls, args, kwargs):
+    settings = unseal(argument("quantize_cfg", 0, args, kwargs))
+    others = {name: value for name, value in kwargs.items() if name != "quantize_cfg"}
+    return wrapped(settings, *args[1:], **others)
 
 
 # Quantizing
@@ -190,7 +198,7 @@ def _from_quantized(wrapped, cls, args, kwargs):
     entry = read_settings(qmodel.model_local_path).get(KEY)
     if entry is None:
         return qmodel
-    if Compensation.attached_to(qmodel.model) is None:
+    if Compensation.attached_to(qmodel.model) is None and not saved_without(entry):
         raise BiasCompensationError(
             f"{qmodel.model_local_path} is compensated, but this backend of GPTQModel loads "
             "weights in a way of its own; choose another backend, or load with transformers."
@@ -231,6 +239,9 @@ GPTQMODEL = Toolkit(
     config=(
         Patch(f"{CONFIG}:QuantizeConfigMeta.__call__", _make_config, ("kwargs",)),
         Patch(f"{CONFIG}:BaseQuantizeConfig.to_dict", config_to_dict),
+        Patch(
+            f"{CONFIG}:BaseQuantizeConfig.from_quant_config", _config_from_dict, ("quantize_cfg",)
+        ),
     ),
     quantizing=(
         Patch(f"{MODEL}.quantize", _quantize, ("calibration",)),

@@ -13,12 +13,14 @@ from bc_plugin.toolkits.load import attach_held, hold_for
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
 from bc_plugin.toolkits.save import saved_whole
-from bc_plugin.vectors import Compensation
+from bc_plugin.vectors.joint import entry_to_save
+from bc_plugin.vectors.sealed import unseal
 
 # Config
 
 
 def _init(wrapped, quantizer, args, kwargs):
+    kwargs = unseal(kwargs)
     wrapped(*args, **kwargs)
     set_flag(quantizer, kwargs.get(KEY))
     if is_entry(getattr(quantizer, KEY, None)):  # a request is nobody's who reads a checkpoint
@@ -55,8 +57,7 @@ def _as_quantized(block, quantizer, model):
 
 def _save(wrapped, quantizer, args, kwargs):
     model, folder = argument("model", 0, args, kwargs), argument("save_dir", 1, args, kwargs)
-    compensation = Compensation.attached_to(model)
-    if compensation is None:
+    if entry_to_save(model) is None:
         return wrapped(*args, **kwargs)
     config = getattr(model.config, "quantization_config", None)
     converts = quantizer.sym and getattr(quantizer, "format", None) == "gptq_v2"

@@ -24,6 +24,8 @@ from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.save import saved_whole
 from bc_plugin.vectors import Compensation
 from bc_plugin.vectors.entry import set_entry
+from bc_plugin.vectors.joint import note_saved_without
+from bc_plugin.vectors.sealed import unseal
 
 # Config
 
@@ -32,6 +34,7 @@ def _config_init(wrapped, config, args, kwargs):
     """Every config of transformers swallows a keyword that it does not know."""
     from transformers import AwqConfig, GPTQConfig
 
+    kwargs = unseal(kwargs)
     flag = kwargs.pop(KEY, None)
     # In transformers 5 AwqConfig is a GPTQConfig, but nobody quantizes with it.
     honoured = isinstance(config, GPTQConfig) and not isinstance(config, AwqConfig)
@@ -51,7 +54,7 @@ def _cannot_honour(config):
 
 
 def _config_from_dict(wrapped, cls, args, kwargs):
-    settings = dict(argument("quantization_config_dict", 0, args, kwargs))
+    settings = unseal(argument("quantization_config_dict", 0, args, kwargs))
     entry = settings.pop(KEY) if is_entry(settings.get(KEY)) else None
     config = wrapped(settings)
     set_flag(config, entry)
@@ -124,6 +127,7 @@ def _before_loading(wrapped, quantizer, args, kwargs):
         _check_asked(quantizer)
         return result
     entry = getattr(quantizer.quantization_config, KEY, None)
+    note_saved_without(entry, model)
     compensation = read_compensation(entry, files_read.get() or ())
     if compensation is not None:
         mark(model, fit_to(compensation, model))
@@ -136,7 +140,9 @@ def _load_plain(wrapped, cls, args, kwargs):
     model = argument("model", 0, args, kwargs)
     files = argument("checkpoint_files", 2, args, kwargs) or ()
     if getattr(model.config, "quantization_config", None) is None:
-        compensation = read_compensation(getattr(model.config, KEY, None), files)
+        entry = getattr(model.config, KEY, None)
+        note_saved_without(entry, model)
+        compensation = read_compensation(entry, files)
         if compensation is not None:
             mark(model, fit_to(compensation, model))
             _expect(model, rf"\.{KEY}$")
@@ -175,6 +181,7 @@ TRANSFORMERS = Toolkit(
     config=(
         Patch(f"{CONFIGS}:QuantizationConfigMixin+.__init__", _config_init),
         Patch(f"{CONFIGS}:CompressedTensorsConfig.to_dict", config_to_dict),
+        Patch(f"{CONFIGS}:GPTQConfig.to_dict", config_to_dict),
         Patch(
             f"{AUTO}:AutoQuantizationConfig.from_dict",
             _config_from_dict,

@@ -16,6 +16,7 @@ from ..errors import BiasCompensationError
 from ..models.architectures import ALWAYS, Architecture
 from ..names import KEY, SUFFIX
 from ..vectors.compensation import Compensation
+from ..vectors.sealed import unseal
 from .plan import Plan
 
 CONFIGS = ("config.json", "quantize_config.json")
@@ -98,7 +99,7 @@ def write_checkpoint(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     own = source / "quantize_config.json"
     if own.is_file() and "quantization_config" in config:
-        settings = json.loads(own.read_text(encoding="utf-8"))
+        settings = unseal(json.loads(own.read_text(encoding="utf-8")))
         settings.pop(KEY, None)
         widened = config["quantization_config"]
         settings |= {name: widened[name] for name in settings if name in widened}

@@ -15,7 +15,8 @@ from torch import nn
 from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
 from ..names import KEY
-from ..vectors.compensation import Compensation
+from ..vectors.joint import entry_to_save
+from ..vectors.sealed import seal
 
 OF_ENTRIES = {"format_version", "digest", "vectors_digest", "errors"}  # no setting is called so
 
@@ -74,25 +75,25 @@ def asked_by(config: Any, kwargs: dict[str, Any] | None = None) -> BiasCompensat
 
 
 def config_of(model: nn.Module, config: Any) -> Any:
-    """The config of a model just quantized: a copy, with the model's entry where the request was.
+    """The config of a quantized model: a copy, with the model's entry where the request was.
 
     The config itself, where there is neither.
     """
-    compensation = Compensation.attached_to(model)
-    if compensation is None and not hasattr(config, KEY):
+    entry = entry_to_save(model)
+    if entry is None and not hasattr(config, KEY):
         return config
     config = copy.copy(config)
     vars(config).pop(KEY, None)
-    set_flag(config, None if compensation is None else compensation.entry())
+    set_flag(config, entry)
     return config
 
 
 def config_to_dict(wrapped, config, args, kwargs):
-    """Wrapper for the ``to_dict`` of a config that lists its own fields only.
+    """Wrapper for the ``to_dict`` of a config, by which it is saved.
 
-    It is for what is saved, where a request has no business.
+    A config that lists its own fields only is given its entry; a request has no business there.
     """
     settings = wrapped(*args, **kwargs)
     if is_entry(getattr(config, KEY, None)):
         settings[KEY] = getattr(config, KEY)
-    return settings
+    return seal(settings)

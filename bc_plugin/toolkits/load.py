@@ -20,6 +20,7 @@ from ..vectors.checkpoint import (
     require_bound,
 )
 from ..vectors.compensation import Compensation
+from ..vectors.joint import note_saved_without, saved_without
 from ..vectors.settings import read_settings
 from ..vectors.weights import keep_weights
 
@@ -53,7 +54,7 @@ def read_compensation(
         files: Those that the loader reads, and no others.
 
     Returns:
-        None for a checkpoint without compensation.
+        None for a checkpoint without vectors.
 
     Raises:
         BiasCompensationError: only one of the two is there, or they do not belong together, or
@@ -61,7 +62,7 @@ def read_compensation(
     """
     files = list(files)
     folder = Path(files[0]).parent if files else "the checkpoint"
-    if entry is not None:
+    if entry is not None and not saved_without(entry):
         vectors = read_vectors(files)
         with naming(files):
             compensation = Compensation.from_entry(entry, vectors)
@@ -105,9 +106,12 @@ def load_if_any(checkpoint: str | Path) -> Compensation | None:
     Args:
         checkpoint: Its folder, or what its loader reads of it: a file, or the index of several.
     """
+    return read_compensation(_entry_in(checkpoint), checkpoint_files(checkpoint))
+
+
+def _entry_in(checkpoint: str | Path) -> Mapping[str, Any] | None:
     path = Path(checkpoint)
-    entry = read_settings(path if path.is_dir() else path.parent).get(KEY)
-    return read_compensation(entry, checkpoint_files(path))
+    return read_settings(path if path.is_dir() else path.parent).get(KEY)
 
 
 def look_at(checkpoint: str | Path) -> None:
@@ -128,6 +132,7 @@ def hold_for(model: nn.Module, checkpoint: str | Path) -> None:
     Args:
         checkpoint: As ``load_if_any`` has it.
     """
+    note_saved_without(_entry_in(checkpoint), model)
     seen = _looked_at.get()
     known = seen is not None and seen[0] == Path(checkpoint)
     compensation = seen[1] if known else load_if_any(checkpoint)

@@ -26,7 +26,7 @@ from ..refinement.float_logits import FloatLogits
 from ..shift.rescaling import Rescaling
 from ..vectors.compensation import Compensation
 from ..vectors.entry import set_entry
-from ..vectors.joint import mark_joint
+from ..vectors.joint import entry_to_save, mark_joint
 from .joint import JointGPTQ
 from .rehearse import AsQuantized, Rehearsal
 
@@ -193,12 +193,13 @@ def _left_plain(run: CompensatedQuantization, quantized: nn.Module) -> Iterator[
         attached = Compensation.attached_to(quantized)
         if attached is not None:
             attached.detach(quantized)
-        set_entry(quantized, None)
+        set_entry(quantized, entry_to_save(quantized))
         if not isinstance(error, Exception):  # Ctrl-C, for one
             raise
+        loads = "with bc_plugin, which warns of it" if run.is_joint else "like any other"
         failure = BiasCompensationError(
             f"the model is quantized, but could not be compensated: {error}\nIt is left without "
-            "compensation, and can be saved and loaded like any other; it is this error's `model`, "
+            f"compensation, and can be saved and loaded {loads}; it is this error's `model`, "
             "too. Compensate it then with bc_plugin.compensate or `bc-plugin compensate`"
             + (
                 ", its linears at least: GPTQ knew that their biases would follow (joint), and "

@@ -15,9 +15,12 @@ from ..errors import BiasCompensationError
 from ..files import written_whole
 from ..models.repacked import require_as_stored
 from ..names import KEY
+from ..vectors.card import write_card
 from ..vectors.checkpoint import bound_to, checkpoint_files, read_vectors
 from ..vectors.compensation import Compensation
 from ..vectors.entry import vectors_digest
+from ..vectors.joint import entry_to_save
+from ..vectors.sealed import seal, unseal
 from ..vectors.settings import CONFIG, SETTINGS, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -32,17 +35,19 @@ def saved_whole(model: nn.Module, folder: str | Path) -> Iterator[Compensation |
     """While it lasts a toolkit writes ``model`` into ``folder``; then all of it is bound together.
 
     Yields:
-        The compensation of the model. If there is none, nothing is done.
+        The compensation of the model, if it has one. A model that no vectors are known of is
+        left to the toolkit.
 
     Raises:
         BiasCompensationError: kernels have repacked the model's weights; the vectors in the files
             are not those of the model.
     """
     compensation = Compensation.attached_to(model)
-    if compensation is None or _saving.get():
+    entry = entry_to_save(model)
+    if entry is None or _saving.get():
         yield compensation
         return
-    for path in compensation.blocks:
+    for path in ("",) if compensation is None else compensation.blocks:
         require_as_stored(model.get_submodule(path), path)
     folder = Path(folder)
     before = _stamps(folder)
@@ -54,8 +59,10 @@ def saved_whole(model: nn.Module, folder: str | Path) -> Iterator[Compensation |
     written = {name for name, stamp in _stamps(folder).items() if before.get(name) != stamp}
     if written:  # an adapter's save writes no weights
         _remove_stale(folder, written)
-        _require_vectors(compensation, folder)
-        write_entry(folder, compensation.entry())
+        if compensation is not None:
+            _require_vectors(compensation, folder)
+        write_entry(folder, entry)
+        write_card(folder)
 
 
 def write_entry(folder: Path, entry: dict[str, Any]) -> None:
@@ -67,7 +74,9 @@ def write_entry(folder: Path, entry: dict[str, Any]) -> None:
             continue
         content = read_json(path)
         settings = content.get("quantization_config", content) if name == CONFIG else content
-        settings[KEY] = entry
+        sealed = seal({**unseal(settings), KEY: entry})
+        settings.clear()
+        settings.update(sealed)
         with written_whole(path) as part:
             part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -25,8 +25,8 @@ from .checkpoint import (
     require_bound,
 )
 from .contents import Contents
-from .entry import entry_of, read_entry
-from .joint import mark_joint
+from .entry import entry_of, read_entry, set_entry
+from .joint import entry_to_save, mark_joint, saved_without
 from .settings import read_settings
 
 
@@ -52,7 +52,8 @@ class Compensation(Contents):
     def detach(self, model: nn.Module) -> None:
         """Take the vectors out of ``model``, which then computes what it did before.
 
-        What is computed for it afterwards keeps the rule that joint weights have their vectors.
+        Joint weights are known as such afterwards: what is computed for the model has vectors for
+        them, and a checkpoint saved without says so, and loads with a warning and the plugin only.
 
         Raises:
             BiasCompensationError: these vectors are not attached to the model.
@@ -60,6 +61,7 @@ class Compensation(Contents):
         detach(self, model)
         if self.joint:
             mark_joint(model, (name for name, kind in self.kinds.items() if kind == "linear"))
+        set_entry(model, entry_to_save(model))
 
     @staticmethod
     def attached_to(model: nn.Module) -> Compensation | None:
@@ -93,6 +95,13 @@ class Compensation(Contents):
             BiasCompensationError: the format is newer, the entry is damaged, or tensors are
                 missing or superfluous.
         """
+        without = saved_without(entry)
+        if without:
+            raise BiasCompensationError(
+                f"the checkpoint has no vectors, on which {len(without)} of its linears count, the "
+                f"first is {without[0]}: they were detached before it was saved. Load the model "
+                "and attach them, or compute them again with `bc-plugin compensate`."
+            )
         return cls(**read_entry(entry, tensors))
 
     def save(self, folder: str | Path) -> Path:

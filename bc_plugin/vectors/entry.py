@@ -19,6 +19,7 @@ from ..errors import BiasCompensationError
 from ..names import KEY
 from .contents import Contents, SiteErrors
 from .fields import require_fields
+from .sealed import seal, unseal
 from .short_names import MOST, collapse, expand
 
 FORMAT_VERSION = 2
@@ -109,8 +110,14 @@ def set_entry(model: nn.Module, entry: dict[str, Any] | None) -> None:
     if settings is None:
         _set(vars(config), entry)
         return
-    settings = copy.copy(settings)  # they may be the user's, for other models too
-    _set(settings if isinstance(settings, dict) else vars(settings), entry)
+    # They may be the user's, for other models too.
+    if isinstance(settings, dict):
+        settings = unseal(settings)
+        _set(settings, entry)
+        settings = seal(settings)  # they are saved as they are
+    else:
+        settings = copy.copy(settings)
+        _set(vars(settings), entry)
     config.quantization_config = settings
 
 

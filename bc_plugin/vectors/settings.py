@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import BiasCompensationError
 from ..names import KEY, SETTINGS_DIGEST
+from .sealed import unseal
 
 CONFIG, SETTINGS = "config.json", "quantize_config.json"
 # Parts of names, in lower case, by which settings are told that change what weights compute. Others
@@ -55,7 +56,7 @@ def settings_in(path: Path) -> dict[str, Any]:
         raise BiasCompensationError(
             f"{path} has quantization settings that are no JSON object; download or save it again."
         )
-    return content
+    return unseal(content)
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
@@ -71,6 +72,8 @@ def settings_digest(folder: str | Path) -> str:
     """
     path = Path(folder, CONFIG)
     content = read_json(path) if path.is_file() else {}
+    if isinstance(content, dict) and isinstance(content.get("quantization_config"), dict):
+        content["quantization_config"] = unseal(content["quantization_config"])
     text = json.dumps(_that_compute(content), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
