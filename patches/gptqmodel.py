@@ -15,7 +15,12 @@ from bc_plugin.names import KEY
 from bc_plugin.supported import SUPPORTED
 from bc_plugin.toolkits.awq import scales_are_applied
 from bc_plugin.toolkits.flag import asked_by, config_of, config_to_dict, is_entry, set_flag
-from bc_plugin.toolkits.joint import centred_inputs, weight_of
+from bc_plugin.toolkits.gptq import (
+    batch_is_added,
+    hessian_is_adopted,
+    hessian_is_finished,
+    linear_is_quantized,
+)
 from bc_plugin.toolkits.load import attach_held, hold_for, look_at, reading_weights
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.run import calibration_is_ready, run_compensated
@@ -121,45 +126,6 @@ def _ready_to_run(block, qmodel):
     return block.to(settings.device.type)
 
 
-def _inputs(gptq):
-    # Its subclasses (GPTAQ, FOEM) minimise something else.
-    return centred_inputs(gptq.module) if type(gptq).__name__ == "GPTQ" else None
-
-
-def _add_batch(wrapped, gptq, args, kwargs):
-    inputs = _inputs(gptq)
-    if inputs is None:
-        return wrapped(*args, **kwargs)
-    centred = inputs.centre(argument("inp", 0, args, kwargs))
-    return wrapped(centred, *args[1:], **{k: v for k, v in kwargs.items() if k != "inp"})
-
-
-def _adopt_hessian(wrapped, gptq, args, kwargs):
-    wrapped(*args, **kwargs)
-    inputs, leader = _inputs(gptq), argument("leader", 0, args, kwargs)
-    if inputs is not None and leader is not gptq:
-        inputs.adopt(_inputs(leader))
-
-
-def _finalize_hessian(wrapped, gptq, args, kwargs):
-    hessian = wrapped(*args, **kwargs)
-    inputs = _inputs(gptq)
-    if inputs is not None and not inputs.finished and inputs.estimate is not None:
-        inputs.finish(hessian, gptq.nsamples)
-    return hessian
-
-
-def _gptq_quantize(wrapped, gptq, args, kwargs):
-    inputs = _inputs(gptq)
-    if inputs is None:
-        return wrapped(*args, **kwargs)
-    weight = weight_of(gptq.module)
-    result = wrapped(*args, **kwargs)
-    if inputs.finished:  # else it fell back to rounding, for want of calibration data
-        inputs.follow(gptq.module, weight, result[0])
-    return result
-
-
 # Saving
 
 
@@ -246,10 +212,10 @@ GPTQMODEL = Toolkit(
     quantizing=(
         Patch(f"{MODEL}.quantize", _quantize, ("calibration",)),
         Patch(f"{MODEL}.prepare_dataset", calibration_is_ready, ("calibration_dataset",)),
-        Patch(f"{GPTQ}.add_batch", _add_batch, ("inp", "out")),
-        Patch(f"{GPTQ}.adopt_hessian_from", _adopt_hessian, ("leader",)),
-        Patch(f"{GPTQ}.finalize_hessian", _finalize_hessian),
-        Patch(f"{GPTQ}.quantize", _gptq_quantize),
+        Patch(f"{GPTQ}.add_batch", batch_is_added, ("inp", "out")),
+        Patch(f"{GPTQ}.adopt_hessian_from", hessian_is_adopted, ("leader",)),
+        Patch(f"{GPTQ}.finalize_hessian", hessian_is_finished),
+        Patch(f"{GPTQ}.quantize", linear_is_quantized),
         Patch(f"{AWQ}:apply_scale", scales_are_applied, ("module", "scales_list")),
     ),
     saving=(

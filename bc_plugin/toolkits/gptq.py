@@ -1,0 +1,45 @@
+"""GPTQ with the bias in view: wrappers for GPTQModel's GPTQ object, which Optimum uses, too."""
+
+from __future__ import annotations
+
+from .joint import centred_inputs, weight_of
+from .patch import argument
+
+
+def _inputs(gptq):
+    # Its subclasses (GPTAQ, FOEM) minimise something else.
+    return centred_inputs(gptq.module) if type(gptq).__name__ == "GPTQ" else None
+
+
+def batch_is_added(wrapped, gptq, args, kwargs):
+    inputs = _inputs(gptq)
+    if inputs is None:
+        return wrapped(*args, **kwargs)
+    centred = inputs.centre(argument("inp", 0, args, kwargs))
+    return wrapped(centred, *args[1:], **{k: v for k, v in kwargs.items() if k != "inp"})
+
+
+def hessian_is_adopted(wrapped, gptq, args, kwargs):
+    wrapped(*args, **kwargs)
+    inputs, leader = _inputs(gptq), argument("leader", 0, args, kwargs)
+    if inputs is not None and leader is not gptq:
+        inputs.adopt(_inputs(leader))
+
+
+def hessian_is_finished(wrapped, gptq, args, kwargs):
+    hessian = wrapped(*args, **kwargs)
+    inputs = _inputs(gptq)
+    if inputs is not None and not inputs.finished and inputs.estimate is not None:
+        inputs.finish(hessian, gptq.nsamples)
+    return hessian
+
+
+def linear_is_quantized(wrapped, gptq, args, kwargs):
+    inputs = _inputs(gptq)
+    if inputs is None:
+        return wrapped(*args, **kwargs)
+    weight = weight_of(gptq.module)
+    result = wrapped(*args, **kwargs)
+    if inputs.finished:  # else it fell back to rounding, for want of calibration data
+        inputs.follow(gptq.module, weight, result[0])
+    return result
