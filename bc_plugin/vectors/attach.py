@@ -67,8 +67,8 @@ def _put_in_place(attachment: Attachment, model: nn.Module) -> None:
         attachment.trackings.append(Tracking(owner, blocks.modules(model), tracker))
 
 
-def detach(compensation: Contents, model: nn.Module) -> None:
-    """See ``Compensation.detach``."""
+def detach(compensation: Contents, model: Any) -> nn.Module:
+    """See ``Compensation.detach``; returns the module itself that they were attached to."""
     attached = attached_to(model)
     if attached is None or entry_of(attached) != entry_of(compensation):
         raise BiasCompensationError(
@@ -81,6 +81,7 @@ def detach(compensation: Contents, model: nn.Module) -> None:
     getattr(holder, ATTRIBUTE).undo()
     delattr(holder, ATTRIBUTE)
     set_entry(holder, None)
+    return holder
 
 
 def attached_to(model: Any) -> Any:

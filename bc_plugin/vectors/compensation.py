@@ -50,7 +50,7 @@ class Compensation(Contents):
         attach(self, model)
 
     def detach(self, model: nn.Module) -> None:
-        """Take the vectors out of ``model``, which then computes what it did before.
+        """Take the vectors out of ``model``, or of what it wraps; it computes what it did before.
 
         Joint weights are known as such afterwards: what is computed for the model has vectors for
         them, and a checkpoint saved without says so, and loads with a warning and the plugin only.
@@ -58,10 +58,10 @@ class Compensation(Contents):
         Raises:
             BiasCompensationError: these vectors are not attached to the model.
         """
-        detach(self, model)
+        within = detach(self, model)
         if self.joint:
-            mark_joint(model, (name for name, kind in self.kinds.items() if kind == "linear"))
-        set_entry(model, entry_to_save(model))
+            mark_joint(within, (name for name, kind in self.kinds.items() if kind == "linear"))
+        set_entry(within, entry_to_save(within))
 
     @staticmethod
     def attached_to(model: nn.Module) -> Compensation | None:
