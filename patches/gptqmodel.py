@@ -132,7 +132,8 @@ def _ready_to_run(block, qmodel):
 def _save_quantized(wrapped, qmodel, args, kwargs):
     model = qmodel.model
     qmodel.quantize_config = config_of(model, qmodel.quantize_config)
-    with saved_whole(model, argument("save_dir", 0, args, kwargs)):
+    folder = argument("save_dir", 0, args, kwargs)
+    with saved_whole(model, folder, from_memory=not qmodel.load_quantized_model):
         with plain_vectors(model) as compensation:
             if compensation is not None:
                 mark(qmodel, compensation)

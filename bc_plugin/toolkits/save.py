@@ -31,8 +31,13 @@ _saving: ContextVar[bool] = ContextVar("_saving", default=False)
 
 
 @contextmanager
-def saved_whole(model: nn.Module, folder: str | Path) -> Iterator[Compensation | None]:
+def saved_whole(
+    model: nn.Module, folder: str | Path, from_memory: bool = True
+) -> Iterator[Compensation | None]:
     """While it lasts a toolkit writes ``model`` into ``folder``; then all of it is bound together.
+
+    Args:
+        from_memory: Whether its weights are written as they are in memory.
 
     Yields:
         The compensation of the model, if it has one. A model that no vectors are known of is
@@ -47,7 +52,8 @@ def saved_whole(model: nn.Module, folder: str | Path) -> Iterator[Compensation |
     if entry is None or _saving.get():
         yield compensation
         return
-    for path in ("",) if compensation is None else compensation.blocks:
+    held = ("",) if compensation is None else compensation.blocks
+    for path in held if from_memory else ():
         require_as_stored(model.get_submodule(path), path)
     folder = Path(folder)
     before = _stamps(folder)

@@ -32,14 +32,14 @@ def _quantize(folder, tmp_path, **changes):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A float folder, a compensated one, and the logits before saving."""
+    """A float folder, a compensated one whose weights are worth something alone, its logits."""
     import bc_plugin
 
     folder = tmp_path_factory.mktemp("gptq")
     source = tiny_checkpoint(folder / "float")
     bc_plugin.enable()
     try:
-        model = _quantize(source, folder)
+        model = _quantize(source, folder, bias_compensation={**FLAG, "joint": False})
         model.save_pretrained(folder / "out")
     finally:
         bc_plugin.disable()
@@ -201,7 +201,7 @@ NAME = "model.layers.0.mlp.down_proj"
     [
         (
             {"tensors": lambda s: s.update({NAME + SUFFIX: torch.zeros(2, 3)})},
-            "are not those that the quantization config was written with",
+            "are not those that the bias_compensation entry was written with",
         ),
         ({"entry": lambda c: c["bias_compensation"].update(format_version=99)}, "version 99"),
         ({"entry": lambda c: c.pop("bias_compensation")}, "has no bias_compensation entry"),
