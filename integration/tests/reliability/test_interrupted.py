@@ -25,7 +25,7 @@ SIGNALS = {
     signal.SIGTERM: range(MOMENTS),
     signal.SIGINT: range(0, MOMENTS, 4),
 }
-# From the middle on, so that a sample is of a moment at which something is written.
+# From the middle on, so that a sample is of a moment at which something is being written.
 ORDER = sorted(range(MOMENTS), key=lambda moment: (moment - MOMENTS // 2) % MOMENTS)
 CASES = [
     Case(
@@ -99,12 +99,12 @@ def _outcome(arguments, room, expected, at, number):
 
 
 def _when(touches, moment):
-    """The moments are spread over the touches of files, and over the time between two of them."""
-    place = moment * (len(touches) - 1) / (MOMENTS - 1)
-    number = int(place)
-    if place == number:
+    """The moments are spread over the touches of files; every other one is in between two."""
+    number = moment * (len(touches) - 1) // (MOMENTS - 1)
+    if moment % 2 == 0:
         return number, 0.0
-    return number, (place - number) * (touches[number + 1] - touches[number])
+    following = touches[min(number + 1, len(touches) - 1)]
+    return number, (following - touches[number]) / 2
 
 
 @pytest.mark.parametrize("case", chosen(CASES), ids=str)

@@ -73,16 +73,29 @@ class Walk:
         """Of what is in place now: the same vectors in a model loaded anew."""
         attached = Compensation.attached_to(self.model)
         attached = copy.deepcopy(attached)
-        fresh = Walk(self.subject, self.room, self.with_gptqmodel)
+        fresh = Walk(self.subject, self.room)
         fresh.detach()
         if attached is not None:
             attached.attach(fresh.model)
         return logits(fresh.model)
 
     def outcome(self):
+        """What is loaded from what was saved, and what should be.
+
+        GPTQModel writes its own copy of the source's weights, in another type: there, vectors.
+        """
+        if self.with_gptqmodel:
+            expected = self.in_place()
+            self.load(self.save())
+            return self.in_place(), expected
         expected = self.expected()
         self.load(self.save())
         return logits(self.model), expected
+
+    def in_place(self):
+        attached = Compensation.attached_to(self.model)
+        vectors = {} if attached is None else attached.vectors
+        return {name: tensor.tolist() for name, tensor in vectors.items()}
 
 
 STEPS = {
@@ -126,21 +139,6 @@ def _copied(subject, room):
     original, walk.model = walk.model, copy.deepcopy(walk.model)
     Compensation.attached_to(original).detach(original)
     return walk.outcome()
-
-
-def _cast(dtype):
-    def run(subject, room):
-        walk = Walk(subject, room)
-        attached = Compensation.attached_to(walk.model)
-        walk.model.to(dtype).save_pretrained(room / "cast")
-        saved = Compensation.load(room / "cast")
-        return dict_of(saved), dict_of(attached)
-
-    return run
-
-
-def dict_of(compensation):
-    return {name: vectors.tolist() for name, vectors in compensation.vectors.items()}
 
 
 def _twice(subject, room):
@@ -190,8 +188,6 @@ CASES = [
     Case("saved", "twice into one folder", _twice, HARMLESS),
     Case("saved", "in shards over a single file", _in_shards, EITHER, NAMES),
     Case("saved", "after detaching", _detached, HARMLESS),
-    Case("saved", "in half precision", _cast(torch.float16), HARMLESS),
-    Case("saved", "in bfloat16", _cast(torch.bfloat16), HARMLESS),
     Case("saved", "after running", _after_running, EITHER, NAMES),
     Case("saved", "without a head", _base, HARMLESS),
     Case("saved", "without a quantization config", _without_config, EITHER, NAMES),

@@ -75,7 +75,7 @@ def _same(found: Any, expected: Any) -> bool:
 
 
 def _brief(value: Any) -> str:
-    return f"logits of norm {value.norm():.6g}" if isinstance(value, Tensor) else repr(value)
+    return f"logits of norm {value.norm():.6g}" if isinstance(value, Tensor) else repr(value)[:80]
 
 
 @contextmanager
