@@ -1,6 +1,7 @@
 """A plain checkpoint with its vectors in a file of their own, and what it comes to."""
 
 import pytest
+import torch
 from helpers.language import crudely_quantized, tiny_model, token_batches
 from helpers.reliability.cases import Subject
 from helpers.reliability.counts import pytest_terminal_summary  # noqa: F401, a hook
@@ -21,6 +22,15 @@ def load(path):
     return logits(model)
 
 
+def _float(seed):
+    """With norms that are not all ones, so that it matters whose they are."""
+    model = tiny_model("qwen2", seed, num_hidden_layers=2)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data *= 1 + 0.1 * torch.randn(parameter.shape)
+    return model
+
+
 def _write(folder, float_model, seed=0):
     """What is compensated is what will be loaded, so that types are as they are then."""
     crudely_quantized(float_model).save_pretrained(folder)
@@ -32,7 +42,7 @@ def _write(folder, float_model, seed=0):
 def apart(tmp_path_factory):
     folder = tmp_path_factory.mktemp("apart")
     others = {name: folder / name for name in ("vectors", "model", "float")}
-    model, other = (tiny_model("qwen2", seed, num_hidden_layers=2) for seed in (0, 1))
+    model, other = _float(0), _float(1)
     _write(folder / "out", model)
     _write(others["vectors"], model, seed=5)
     _write(others["model"], other)

@@ -10,7 +10,6 @@ CASES = [
     *entries.CASES,
     *weights.BY_FLOAT,
     *weights.BESIDE,
-    *weights.SETTINGS[:3],
     *contents.APART,
 ]
 

@@ -4,9 +4,11 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers.reliability.cases import Subject
 from helpers.reliability.counts import pytest_terminal_summary  # noqa: F401, a hook
 from rig.subjects.tiny import logits, sequences, tiny_checkpoint, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 
 import bc_plugin
 from bc_plugin import Compensation
@@ -31,9 +33,21 @@ def load_with_gptqmodel(path):
 def load_by_hand(path):
     from transformers import AutoModelForCausalLM
 
+    vectors = Compensation.load(path)
     model = AutoModelForCausalLM.from_pretrained(path)
-    Compensation.load(path).attach(model)
+    vectors.attach(model)
     return logits(model)
+
+
+def _float(folder, seed=0):
+    """With norms that are not all ones, so that it matters whose they are."""
+    tiny_checkpoint(folder, "qwen2", seed=seed)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if "norm" in name:
+            tensor *= 1 + 0.1 * torch.randn(tensor.shape)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _quantize(source, folder, seed=0, **flag):
@@ -76,8 +90,8 @@ def checkpoint(tmp_path_factory):
     pytest.importorskip("gptqmodel", reason="needs the gptq extra")
     folder = tmp_path_factory.mktemp("whole")
     others = {name: folder / name for name in ("vectors", "weights", "model", "float")}
-    tiny_checkpoint(others["float"], "qwen2")
-    tiny_checkpoint(folder / "other", "qwen2", seed=1)
+    _float(others["float"])
+    _float(folder / "other", seed=1)
     out = folder / "out"
     bc_plugin.enable()
     try:

@@ -37,7 +37,12 @@ def judge(case: Case, folder: Path, subject: Subject | None = None) -> tuple[str
         return _outcome(case, lambda: case.run(folder))
     whole = Folder(subject, folder / "checkpoint")
     path = case.run(whole) or whole.path
+    assert case.right == HARMLESS or _bytes(path) != _bytes(subject.folder), "nothing was changed"
     return _outcome(case, lambda: (subject.load(path), subject.expected[case.expected]))
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def _outcome(case: Case, run: Callable[[], tuple[Any, Any]]) -> tuple[str, str]:
@@ -70,7 +75,7 @@ def _same(found: Any, expected: Any) -> bool:
 
 
 def _brief(value: Any) -> str:
-    return f"logits of norm {value.norm():.6g}" if isinstance(value, Tensor) else repr(value)
+    return f"logits of norm {value.norm():.6g}" if isinstance(value, Tensor) else repr(value)[:80]
 
 
 @contextmanager

@@ -183,9 +183,6 @@ SHAPED = [
 BY_FLOAT = [_weights("float weights", what, change) for what, change in FLOAT.items()]
 BESIDE = [_weights("other weights", what, change) for what, change in OTHERS.items()]
 SETTINGS = [
-    _settings("another epsilon", ("rms_norm_eps",), 1e-2),
-    _settings("another rotation", ("rope_parameters", "rope_theta"), 100.0),
-    _settings("another activation", ("hidden_act",), "relu"),
     _settings("a block less", ("num_hidden_layers",), 1),
     _settings("a block more", ("num_hidden_layers",), 3),
     _settings("other heads", ("num_attention_heads",), 2),
