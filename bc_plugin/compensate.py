@@ -32,7 +32,7 @@ from .shift.messages import (
 )
 from .shift.outside import measure_outside
 from .shift.rescaling import Rescaling
-from .shift.same_model import require_same_model
+from .shift.same_model import require_model, require_same_model
 from .shift.settle import settle
 from .shift.sites import (
     changed_experts,
@@ -116,9 +116,10 @@ class _Pass:
         copy_to_run: Callable[[nn.Module], nn.Module],
     ) -> None:
         self.model, self.float_model, self.config = model, float_model, config
-        self.calibration = checked_items(calibration, vocabulary_of(model))
+        self.calibration = checked_items(calibration, vocabulary_of(model, float_model))
         self.rescalings, self.copy_to_run = rescalings, copy_to_run
         self.live = isinstance(float_model, nn.Module)
+        require_model(float_model)
         self.lists = (
             find_block_lists(model, config.blocks)
             if self.live

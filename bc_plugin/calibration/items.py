@@ -7,7 +7,7 @@ from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import BiasCompensationError
 
@@ -15,8 +15,13 @@ IDS, MASK = "input_ids", "attention_mask"
 Item = dict[str, Any]
 
 
-def vocabulary_of(model: nn.Module) -> int | None:
-    """How many tokens a model knows; None where it is not called with tokens."""
+def vocabulary_of(*models: Any) -> int | None:
+    """How many tokens all of these models know; None where they are not called with tokens."""
+    known = [size for size in map(_vocabulary, models) if size is not None]
+    return min(known, default=None)
+
+
+def _vocabulary(model: Any) -> int | None:
     if getattr(model, "main_input_name", None) != IDS:
         return None
     try:
@@ -37,6 +42,12 @@ def checked_items(items: Iterable[Any], vocabulary: int | None = None) -> list[I
         BiasCompensationError: one is no model input, is all padding, or has ids or a mask that no
             model takes; it says which.
     """
+    if not isinstance(items, Iterable) or isinstance(items, (str, Mapping)):
+        raise BiasCompensationError(
+            f"the calibration data is of type {type(items).__name__}; expected a list of model "
+            "inputs, e.g. of dicts that a tokenizer returns. For text see "
+            "bc_plugin.calibration.windows."
+        )
     return [_checked(item, f"calibration item {n}", vocabulary) for n, item in enumerate(items)]
 
 
@@ -97,7 +108,8 @@ def _check_ids(ids: Tensor, what: str, vocabulary: int | None) -> None:
         raise BiasCompensationError(
             f"{what} has input_ids of type {ids.dtype}; expected whole numbers, torch.int64."
         )
-    if ids.dim() == 0 or ids.numel() == 0:
+    too_many = vocabulary is not None and ids.dim() > 2
+    if ids.dim() == 0 or ids.numel() == 0 or too_many:
         raise BiasCompensationError(
             f"{what} has input_ids of shape {tuple(ids.shape)}; expected (batch, length), with at "
             "least one token."
@@ -107,5 +119,6 @@ def _check_ids(ids: Tensor, what: str, vocabulary: int | None) -> None:
         if low < 0 or high >= vocabulary:
             raise BiasCompensationError(
                 f"{what} has input_ids from {low} to {high}; expected 0 to {vocabulary - 1}, the "
-                "vocabulary of the model. Use the tokenizer that belongs to it."
+                "vocabulary of the model (of both, the float and the quantized one, where there "
+                "are two). Use the tokenizer that belongs to it."
             )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import BiasCompensationConfig
@@ -15,6 +17,23 @@ from ..models.modules import device_of
 from ..models.record import record_calls
 from ..models.stream_check import check_stream
 from .batches import calibration_batches
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What a model says of inputs that it does not take, which is anything, as an error of ours."""
+    try:
+        yield
+    except BiasCompensationError:
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise BiasCompensationError(
+            f"the float model does not take the calibration data ({type(error).__name__}: "
+            f"{error}); expected items that it can be called with, tensors of the shapes that it "
+            "takes."
+        ) from error
 
 
 def prepare_stream(
@@ -40,9 +59,10 @@ def prepare_stream(
     """
     fitted, apart = calibration_batches(calibration, config)
     device = device_of(model)
-    if checked:
-        check_stream(model, blocks, fitted[0])
-    stream = list(record_calls(model, blocks, fitted, device))
+    with _told():
+        if checked:
+            check_stream(model, blocks, fitted[0])
+        stream = list(record_calls(model, blocks, fitted, device))
     longest = max(int(calls.index.max()) + 1 for calls in stream)
     if config.positions != "all" and longest <= config.positions:
         raise BiasCompensationError(
@@ -54,7 +74,9 @@ def prepare_stream(
             "keep_only_if_better needs at least two calibration sequences, one to be held out."
         )
     if apart:
-        for calls in record_calls(model, blocks, apart, device):
+        with _told():
+            held_out = list(record_calls(model, blocks, apart, device))
+        for calls in held_out:
             calls.apart = True
-            stream.append(calls)
+        stream += held_out
     return stream, longest if config.positions == "all" else config.positions

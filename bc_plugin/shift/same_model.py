@@ -12,16 +12,36 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import BiasCompensationError
 from ..models.blocks import Blocks, find_block_lists
-from ..models.modules import linears_of
+from ..models.float_blocks import BlockSnapshot
+from ..models.modules import device_of, linears_of
 
-# Settings that change what the same weights compute. Running the models compares sizes; names,
-# types, special tokens, dropout and the like may differ.
+# Settings that change what the same weights compute, and the width of what passes between blocks.
+# Running the models compares other sizes; names, types, special tokens, dropout and the like may
+# differ.
 SETTINGS = re.compile(
-    r"model_type|n_heads?|num_.*heads|head_dim|rope_.*|.*rotary.*|.*_eps|.*_epsilon|hidden_act"
+    r"model_type|hidden_size|n_heads?|num_.*heads|head_dim|rope_.*|.*rotary.*|.*_eps|.*_epsilon|hidden_act"
     r"|hidden_activation|activation_function|sliding_window|layer_types|.*_softcapping"
     r"|.*_multiplier|logits?_scal(e|ing)|query_pre_attn_scalar|num_experts_per_tok|norm_topk_prob"
     r"|routed_scaling_factor"
 )
+
+
+def require_model(float_model: Any) -> None:
+    """Refuse what is no float model, or one without weights.
+
+    Raises:
+        BiasCompensationError: it is none.
+    """
+    if not isinstance(float_model, (nn.Module, BlockSnapshot)):
+        raise BiasCompensationError(
+            f"the float model is of type {type(float_model).__name__}; expected a model that "
+            "transformers loads (AutoModelForCausalLM.from_pretrained)."
+        )
+    if isinstance(float_model, nn.Module) and device_of(float_model).type == "meta":
+        raise BiasCompensationError(
+            "the float model is on the meta device, where there are no weights; load it with "
+            "from_pretrained."
+        )
 
 
 def require_same_model(model: nn.Module, float_model: nn.Module, lists: Sequence[Blocks]) -> None:

@@ -38,7 +38,6 @@ def _ids(ids, **more):
 
 
 ITEMS = {
-    "ids without a batch": _ids(IDS[0]),
     "ids with an axis too many": _ids(IDS[None]),
     "no tokens": _ids(IDS[:, :0]),
     "no sequences": _ids(IDS[:0]),
