@@ -8,7 +8,7 @@ DIST ?= .venv-dist
 BIN := $(VENV)/bin
 
 .PHONY: setup setup-legacy setup-vllm setup-llama-cpp demo test test-current test-legacy \
-	test-vllm test-llama-cpp lint benchmark benchmark-toolkits benchmark-serving \
+	test-reliability test-vllm test-llama-cpp lint benchmark benchmark-toolkits benchmark-serving \
 	benchmark-comparison benchmark-vision benchmark-architectures benchmark-threads dist clean
 
 setup: $(VENV)/.ready
@@ -72,6 +72,10 @@ test-legacy: setup-legacy
 
 test-current: setup
 	$(BIN)/python -m pytest
+
+# Every damaged, mismatched, stale and interrupted input, of which `make test` has a sample.
+test-reliability: setup
+	RELIABILITY=all $(BIN)/python -m pytest tests/reliability integration/tests/reliability $(ARGS)
 
 # Exported checkpoints in a real engine.
 test-vllm: setup setup-vllm

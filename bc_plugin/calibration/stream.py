@@ -79,4 +79,10 @@ def prepare_stream(
         for calls in held_out:
             calls.apart = True
         stream += held_out
+    widths = sorted({calls.hidden.shape[-1] for calls in stream})
+    if len(widths) > 1:
+        raise BiasCompensationError(
+            f"the calibration data comes to hidden states of {widths[0]} and of {widths[-1]} "
+            "features; expected one width, that of the model (are there inputs_embeds of another?)."
+        )
     return stream, longest if config.positions == "all" else config.positions
