@@ -64,9 +64,10 @@ def test_compensate_takes_a_quantized_checkpoint(folder, tmp_path, option):
         AutoModelForCausalLM.from_pretrained(f / "") for f in (tmp_path / "new", folder / "out")
     )
     assert not torch.equal(logits(new), logits(old))
-    bc_plugin.disable()
-    plain = [AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "new", folder / "out")]
-    assert torch.equal(logits(plain[0]), logits(plain[1]))
+    new, old = (AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "new", folder / "out"))
+    for model in (new, old):  # not run yet: kernels repack their weights when they are
+        Compensation.attached_to(model).detach(model)
+    assert torch.equal(logits(new), logits(old))
 
 
 def test_a_joint_checkpoint_keeps_its_linears_vectors(folder, tmp_path):

@@ -13,7 +13,6 @@ pytest.importorskip("gptqmodel", reason="needs the gptq extra")
 
 from helpers.killed import KILLED, in_a_new_process, kill_at
 from rig.subjects.tiny import sequences, text, tiny_checkpoint, tiny_tokenizer
-from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import bc_plugin
@@ -22,6 +21,7 @@ from bc_plugin.cli import app
 from bc_plugin.refinement import float_logits
 from bc_plugin.refinement.progress import Progress
 from bc_plugin.refinement.train import Training
+from bc_plugin.toolkits import copy
 
 # One after the other in one run, with looks after 8, 16 and 24 steps: what is not called again
 # before the process is killed, and the number of the first step that it makes before.
@@ -32,7 +32,7 @@ KILLS = {
         ((Training, "_step", 11), 0),
         ((torch, "save", 1, True), 8),  # written, and not in its place
         ((Progress, "write", 2, True), 8),  # after the last look
-        ((PreTrainedModel, "save_pretrained", 1, True), None),
+        ((copy, "write_entry", 1, True), None),
     ),
     "block": (((Training, "_step", 30), 0), ((Progress, "write", 3, True), 0)),
 }
@@ -108,7 +108,7 @@ def test_a_full_disk_at_the_end_keeps_the_training(folder, tmp_path, monkeypatch
     monkeypatch.setattr(Training, "_step", lambda *args: steps.append(args) or step(*args))
     arguments = command(folder, out, "model", "--learning-rate", "0.05")
     with monkeypatch.context() as patch:
-        patch.setattr(PreTrainedModel, "save_pretrained", full)
+        patch.setattr(copy, "save_file", full)
         said = rf"{out} cannot be written: .*No space .*kept in {out}.refining"
         with pytest.raises(BiasCompensationError, match=said):
             CliRunner().invoke(app, arguments, catch_exceptions=False)
@@ -123,10 +123,9 @@ def test_a_full_disk_at_the_end_keeps_the_training(folder, tmp_path, monkeypatch
 def test_folders_the_wrong_way_round_are_told_before_anything_runs(folder, tmp_path, by):
     arguments = command(folder, tmp_path / "out", by)
     arguments[1:3] = arguments[2], arguments[1]
-    with pytest.raises(BiasCompensationError, match=r"float is not compensated: .*bc-plugin comp"):
-        CliRunner().invoke(app, arguments, catch_exceptions=False)
-    arguments[1] = str(folder / "compensated")  # and now as both
-    with pytest.raises(BiasCompensationError, match="float model has compensation vectors"):
-        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    for compensated in (arguments[1], str(folder / "compensated")):  # and now as both
+        arguments[1] = compensated
+        with pytest.raises(BiasCompensationError, match="FLOAT .* is quantized .* in the order"):
+            CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert not list(tmp_path.iterdir())
     bc_plugin.disable()
