@@ -125,7 +125,7 @@ def test_folders_the_wrong_way_round_are_told_before_anything_runs(folder, tmp_p
     arguments[1:3] = arguments[2], arguments[1]
     for compensated in (arguments[1], str(folder / "compensated")):  # and now as both
         arguments[1] = compensated
-        with pytest.raises(BiasCompensationError, match="FLOAT .* is quantized .* in the order"):
+        with pytest.raises(BiasCompensationError, match=r"FLOAT .* is quantized .* in the order"):
             CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert not list(tmp_path.iterdir())
     bc_plugin.disable()
