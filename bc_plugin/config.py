@@ -54,6 +54,9 @@ class BiasCompensationConfig(Settings):
         joint: Let the toolkit's GPTQ know that a bias will follow: it minimises the error that is
             left once the mean is taken out. Only where linears are compensated, and where the
             toolkit quantizes with plain GPTQ; otherwise it changes nothing.
+        scales: Give the quantized linears, too, the group scales that are best with a bias, in
+            closed form; integers and zero points stay. They are set in the quantized model's own
+            tensors, and rely on the vectors as joint weights do.
         blocks: Dotted path of the ``ModuleList`` of blocks, e.g. ``"model.layers"``, or several.
             Found when not given; see ``bc_plugin.structure.find_block_lists``.
         held_out: Share of the calibration sequences kept apart to measure the error on tokens
@@ -79,6 +82,7 @@ class BiasCompensationConfig(Settings):
     positions: int | Literal["all"] = 1
     sites: tuple[str, ...] = SITES
     joint: bool = True
+    scales: bool = False
     blocks: str | tuple[str, ...] | None = None
     held_out: float = 0.125
     keep_only_if_better: bool = False
@@ -104,6 +108,11 @@ class BiasCompensationConfig(Settings):
             f"one or both of {SITES}",
         )
         self._require(
+            not self.scales or "linear" in sites,
+            "sites",
+            "linear among them where scales is set, since scales rely on the linears' vectors",
+        )
+        self._require(
             paths is None
             or (
                 isinstance(paths, tuple) and bool(paths) and all(isinstance(p, str) for p in paths)
@@ -112,7 +121,7 @@ class BiasCompensationConfig(Settings):
             "the path of a list of blocks, or several",
         )
         self._require_number("held_out", lambda n: 0 <= n < 1, "a share from 0 to below 1", Real)
-        for name in ("joint", "keep_only_if_better"):
+        for name in ("joint", "scales", "keep_only_if_better"):
             self._require_bool(name)
         self._require(
             not (self.keep_only_if_better and self.held_out == 0),

@@ -17,6 +17,7 @@ from .options import (
     Out,
     Positions,
     Samples,
+    Scales,
     Sites,
 )
 from .sites import print_sites
@@ -29,6 +30,7 @@ def compensate(
     dataset: CalibrationData,
     positions: Positions = "1",
     sites: Sites = "linear block",
+    scales: Scales = False,
     samples: Samples = 128,
     length: Length = 512,
     dtype: Dtype = "auto",
@@ -44,7 +46,7 @@ def compensate(
     from .. import compensate as run
 
     enable("transformers")
-    settings = pass_settings(positions, sites)
+    settings = pass_settings(positions, sites, scales)
     with new_folder(out) as part:
         tokenizer = load_tokenizer(float_model)
         reference = load_model(float_model, dtype, device_map)

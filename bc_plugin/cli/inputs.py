@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 
-def pass_settings(positions: str, sites: str) -> dict[str, Any]:
+def pass_settings(positions: str, sites: str, scales: bool) -> dict[str, Any]:
     count = int(positions) if positions.isdecimal() else positions
-    return {"positions": count, "sites": sites.replace(",", " ").split()}
+    return {"positions": count, "sites": sites.replace(",", " ").split(), "scales": scales}
 
 
 def load_model(folder: str, dtype: str, device_map: str, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from .options import (
     Out,
     Positions,
     Samples,
+    Scales,
     Sites,
 )
 from .sites import print_sites
@@ -31,6 +32,7 @@ def quantize(
     desc_act: Annotated[bool, typer.Option(help="Activation order.")] = False,
     positions: Positions = "1",
     sites: Sites = "linear block",
+    scales: Scales = False,
     joint: Annotated[bool, typer.Option(help="Let GPTQ know that vectors will follow.")] = True,
     refine_steps: Annotated[int, typer.Option(help="Then train the vectors so many steps.")] = 0,
     samples: Samples = 128,
@@ -64,7 +66,7 @@ def quantize(
             dataset=calibration,
             tokenizer=tokenizer,
             bias_compensation={
-                **pass_settings(positions, sites),
+                **pass_settings(positions, sites, scales),
                 "joint": joint,
                 "refine_steps": refine_steps,
             },

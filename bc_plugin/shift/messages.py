@@ -16,6 +16,10 @@ NOTHING_COMPARABLE = (
     "no linear that was quantized has an output that can be compared. Add 'block' to the sites: "
     "the vectors of the blocks stand for them."
 )
+NO_SCALES = (
+    "scales were to be fitted, but no linear within a block was quantized in a way that its output "
+    "can be compared with the float linear's. Leave scales out."
+)
 SEVERAL_LISTS = (
     "{} has {} lists of blocks: {}. Their tokens are different ones, in different numbers, and no "
     "class token leads all of them, so positions={!r} has no meaning; use positions=0."
@@ -41,4 +45,12 @@ def about_experts(changed: Sequence[str]) -> str:
         f"{len(changed)} weights of routed experts, the first is {changed[0]}, have no vectors of "
         "their own: the quantized model routes other tokens to them. The vectors of their blocks "
         "stand for them, where blocks are compensated."
+    )
+
+
+def about_scales(left: Sequence[str]) -> str:
+    """That these linears keep their scales."""
+    return (
+        f"{len(left)} linears, the first is {left[0]}, keep the scales they have: on held-out "
+        "sequences others would be worse."
     )

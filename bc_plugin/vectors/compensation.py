@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ from .entry import entry_of, read_entry
 from .joint import mark_joint
 
 FILE = "bias_compensation.safetensors"
+SCALES_ELSEWHERE = (
+    "these vectors belong to a model whose scales were fitted with them, and Compensation.save "
+    "writes vectors alone: save the model, too, with its save_pretrained. The checkpoint it was "
+    "made of has other scales, and these vectors do not belong to it."
+)
 
 
 class Compensation(Contents):
@@ -92,9 +98,14 @@ class Compensation(Contents):
     def save(self, folder: str | Path) -> Path:
         """Write the vectors alone, to ``bias_compensation.safetensors`` in ``folder``.
 
+        Scales that were fitted with them are in the model's own tensors, so a warning says that
+        its checkpoint is needed, too.
+
         Returns:
             The file's path.
         """
+        if self.scales:
+            warnings.warn(SCALES_ELSEWHERE, stacklevel=2)
         path = Path(folder) / FILE
         tensors = {name + SUFFIX: v.contiguous().cpu() for name, v in self.vectors.items()}
         with written_whole(path) as part:

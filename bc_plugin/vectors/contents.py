@@ -40,6 +40,8 @@ class Contents:
         blocks: Paths of the lists of blocks; mostly there is one.
         digest: Of the quantized weights that the vectors belong to.
         joint: Whether the quantizer knew that they would follow, and minimised what they leave.
+        scales: Whether the scales of quantized linears were fitted with them, in the model's own
+            tensors.
         refined: How they were trained after the closed form, which ``errors`` are of: ``by``,
             ``steps``, and the loss ``before`` and ``after`` on held-out sequences. None if not.
         seconds: How long computing them took; None when they were loaded.
@@ -56,6 +58,7 @@ class Contents:
         blocks: str | Sequence[str],
         digest: str,
         joint: bool = False,
+        scales: bool = False,
         refined: Mapping[str, Any] | None = None,
     ) -> None:
         self.vectors = dict(vectors)
@@ -65,6 +68,7 @@ class Contents:
         self.blocks = (blocks,) if isinstance(blocks, str) else tuple(blocks)
         self.digest = digest
         self.joint = joint
+        self.scales = scales
         self.refined = refined
 
     def __repr__(self) -> str:
@@ -80,7 +84,8 @@ class Contents:
 
     def replaced(self, **changes: Any) -> Self:
         """The same but for ``changes``, named as the attributes are."""
-        names = ("vectors", "kinds", "errors", "positions", "blocks", "digest", "joint", "refined")
+        names = ("vectors", "kinds", "errors", "positions", "blocks", "digest", "joint")
+        names += ("scales", "refined")
         return type(self)(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def only(self, names: Sequence[str]) -> Self:

@@ -41,6 +41,7 @@ def entry_of(compensation: Contents) -> dict[str, Any]:
         "blocks": blocks[0] if len(blocks) == 1 else list(blocks),
         "sites": sites,
         "joint": compensation.joint,
+        "scales": compensation.scales,
         "refined": compensation.refined,
         "digest": compensation.digest,
         "vectors_digest": vectors_digest(compensation.vectors),
@@ -74,6 +75,7 @@ def read_entry(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
             "blocks": entry["blocks"],
             "digest": entry["digest"],
             "joint": entry.get("joint", False),
+            "scales": entry.get("scales", False),
             "refined": entry.get("refined"),
         }
         bound_to = entry["vectors_digest"]
