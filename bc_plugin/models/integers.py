@@ -67,7 +67,7 @@ class IntegerWeight:
 
     def write(self, scales: Tensor) -> None:
         """Set the toolkit's own scales, (out_features, groups)."""
-        self.stored.copy_(scales)
+        _overwrite(self.stored, scales)
 
 
 @torch.no_grad()
@@ -141,10 +141,15 @@ def _holding(tensor: Tensor, values: Tensor) -> Iterator[None]:
     tensor = tensor.detach()
     kept = tensor.clone()
     try:
-        tensor.copy_(values)
+        _overwrite(tensor, values)
         yield
     finally:
-        tensor.copy_(kept)
+        _overwrite(tensor, kept)
+
+
+@torch.inference_mode()  # what toolkits make in it can be changed only in it
+def _overwrite(tensor: Tensor, values: Tensor) -> None:
+    tensor.copy_(values)
 
 
 def _integers(path: str, kernel: nn.Module, probes: Tensor, dtype: torch.dtype) -> Tensor:

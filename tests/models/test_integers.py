@@ -46,6 +46,14 @@ def test_what_is_written_is_what_the_kernel_multiplies_with():
     torch.testing.assert_close(block.linear(inputs).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_what_a_toolkit_made_in_inference_mode_is_written_as_well():
+    with torch.inference_mode():
+        block = _block()
+    found, before = _read(block), block.linear.scales.T.double()
+    found.write(found.scales * 2)
+    assert torch.equal(block.linear.scales.T.double(), 2 * before)
+
+
 class Permuted(GroupedLinear):
     """A kernel that has its scales in an order of its own."""
 

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.grouped import grouped
 from helpers.language import crudely_quantized, tiny_model, token_batches
 
 import bc_plugin
@@ -98,3 +99,18 @@ def test_half_precision_is_not_taken_for_rescaling():
         warnings.simplefilter("error")
         found = bc_plugin.compensate(quantized, model, token_batches())
     assert set(found.kinds.values()) == {"linear", "block"}
+
+
+def test_scales_are_fitted_to_what_the_rescaled_linears_are_given(pair):
+    model, rescaled, records = pair
+    quantized = grouped(rescaled, bits=3)
+    before, after = (
+        bc_plugin.compensate(
+            quantized, model, token_batches(12), {**EXACT, "scales": scales}, rescalings=records
+        )
+        for scales in (False, True)
+    )
+    linears = [name for name, kind in before.kinds.items() if kind == "linear"]
+    assert len(linears) == 5 * 3
+    ratios = [after.errors[name].after / before.errors[name].after for name in linears]
+    assert max(ratios) < 1 and sum(ratios) / len(ratios) < 0.9
