@@ -22,6 +22,8 @@ from .refinement.float_logits import FloatLogits
 from .refinement.progress import FLOAT_MODEL, Progress
 from .refinement.source import Source, check_source, source_checksum
 from .refinement.train import Outcome
+from .refinement.weights import write_weights
+from .vectors.check import weights_digest
 from .vectors.compensation import Compensation
 
 
@@ -126,7 +128,13 @@ def train_vectors(
     by = {"model": train_by_model, "block": train_by_block}[config.by]
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         outcome = by(model, start, float_model, data, config, progress, copy_to_run)
-    return _with_vectors(compensation, outcome, config)
+    refined = _with_vectors(compensation, outcome, config)
+    if not outcome.weights:
+        return refined
+    write_weights(model, outcome.weights)
+    # They were trained together, so scales and norms rely on the vectors from here on.
+    digest = weights_digest(model, refined.blocks, refined.vectors)
+    return refined.replaced(digest=digest, joint=True, scales=True)
 
 
 def _inputs(start: Compensation, source: Source, data: RefinementData) -> dict[str, str]:
@@ -150,6 +158,7 @@ def _with_vectors(
         vectors[name] = (stored if bool(torch.isfinite(stored).all()) else vector).cpu()
     refined_with = {
         "by": config.by,
+        "train": list(config.train),
         "steps": outcome.steps,
         "before": outcome.before,
         "after": outcome.after,

@@ -67,7 +67,7 @@ class IntegerWeight:
 
     def write(self, scales: Tensor) -> None:
         """Set the toolkit's own scales, (out_features, groups)."""
-        _overwrite(self.stored, scales)
+        overwrite(self.stored, scales)
 
 
 @torch.no_grad()
@@ -88,16 +88,16 @@ def integer_weights(
     Raises:
         BiasCompensationError: a linear is of another format, or its kernel has repacked it.
     """
-    stored = {path: _stored(path, block.get_submodule(path)) for path in paths}
+    stored = {path: stored_scales(path, block.get_submodule(path)) for path in paths}
     found = {}
     with ExitStack() as probing:
         probes = {}
         for path, (scales, _) in stored.items():
             probes[path] = _powers_of_two(scales)
-            probing.enter_context(_holding(scales, probes[path]))
+            probing.enter_context(holding(scales, probes[path]))
             bias = getattr(block.get_submodule(path), "bias", None)
             if bias is not None:
-                probing.enter_context(_holding(bias, torch.zeros_like(bias)))
+                probing.enter_context(holding(bias, torch.zeros_like(bias)))
         twin = copy_to_run(block)
         for path, (scales, groups) in stored.items():
             integers = _integers(path, twin.get_submodule(path), probes[path][:, groups], dtype)
@@ -105,9 +105,22 @@ def integer_weights(
     return found
 
 
-def _stored(path: str, linear: nn.Module) -> tuple[Tensor, Tensor]:
-    """The scales, a view of (out_features, groups), and the groups, (in_features,)."""
-    layout = next((one for one in LAYOUTS if _tensor(linear, one.packed) is not None), None)
+def linears_with_scales(block: nn.Module) -> list[str]:
+    """Paths of the linears in a quantized block that have integers with scales beside them."""
+    return [path for path, module in block.named_modules() if _layout(module) is not None]
+
+
+def _layout(linear: nn.Module) -> Layout | None:
+    return next((one for one in LAYOUTS if _tensor(linear, one.packed) is not None), None)
+
+
+def stored_scales(path: str, linear: nn.Module) -> tuple[Tensor, Tensor]:
+    """The scales, a view of (out_features, groups), and the groups, (in_features,).
+
+    Raises:
+        BiasCompensationError: a linear is of another format.
+    """
+    layout = _layout(linear)
     if layout is None:
         raise _refused(path, linear, "it has no packed integers with scales beside them")
     scales, groups = _tensor(linear, layout.scales), _tensor(linear, layout.groups)
@@ -137,18 +150,20 @@ def _powers_of_two(scales: Tensor) -> Tensor:
 
 
 @contextmanager
-def _holding(tensor: Tensor, values: Tensor) -> Iterator[None]:
+def holding(tensor: Tensor, values: Tensor) -> Iterator[None]:
+    """While it lasts, a tensor has other values."""
     tensor = tensor.detach()
     kept = tensor.clone()
     try:
-        _overwrite(tensor, values)
+        overwrite(tensor, values)
         yield
     finally:
-        _overwrite(tensor, kept)
+        overwrite(tensor, kept)
 
 
 @torch.inference_mode()  # what toolkits make in it can be changed only in it
-def _overwrite(tensor: Tensor, values: Tensor) -> None:
+def overwrite(tensor: Tensor, values: Tensor) -> None:
+    """Set all values of a tensor, in its own type."""
     tensor.copy_(values)
 
 
