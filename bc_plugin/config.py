@@ -11,6 +11,7 @@ from .errors import BiasCompensationError
 
 SITES = ("linear", "block")
 BY = ("model", "block")
+TRAIN = ("vectors", "scales", "norms")
 DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 
 
@@ -31,6 +32,14 @@ class Settings:
         value = getattr(self, name)
         is_number = isinstance(value, kind) and not isinstance(value, bool)
         self._require(is_number and within(value), name, expected)
+
+    def _require_some(self, name: str, known: tuple[str, ...]) -> None:
+        """Any of some words, each once; one alone may be given as it is."""
+        value = getattr(self, name)
+        chosen = (value,) if isinstance(value, str) else tuple(value)
+        object.__setattr__(self, name, chosen)
+        once = len(set(chosen)) == len(chosen)
+        self._require(bool(chosen) and set(chosen) <= set(known) and once, name, f"any of {known}")
 
     def _require_bool(self, name: str) -> None:
         self._require(isinstance(getattr(self, name), bool), name, "True or False")
@@ -70,6 +79,7 @@ class BiasCompensationConfig(Settings):
         refine_steps: Train the vectors so many steps against the float model, starting from the
             closed form; see ``bc_plugin.refine``. 0 leaves them as they are.
         refine: What the training compares, ``"model"`` or ``"block"``.
+        refine_train: What is trained: any of ``"vectors"``, ``"scales"`` and ``"norms"``.
         dtype: Type the vectors are stored in. ``"auto"`` takes two bytes per value: bfloat16 for
             bfloat16 models, float16 otherwise, float32 for a vector that float16 cannot hold.
 
@@ -90,11 +100,10 @@ class BiasCompensationConfig(Settings):
     batch_tokens: int = 4096
     refine_steps: int = 0
     refine: Literal["model", "block"] = "model"
+    refine_train: tuple[str, ...] = ("vectors",)
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        sites = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
-        object.__setattr__(self, "sites", sites)
         if isinstance(self.blocks, list):
             object.__setattr__(self, "blocks", tuple(self.blocks))
         paths = (self.blocks,) if isinstance(self.blocks, str) else self.blocks
@@ -102,13 +111,10 @@ class BiasCompensationConfig(Settings):
             self._require_number(
                 "positions", lambda n: n >= 0, 'a whole number from 0 up, or "all"'
             )
+        self._require_some("sites", SITES)
+        self._require_some("refine_train", TRAIN)
         self._require(
-            bool(sites) and set(sites) <= set(SITES) and len(set(sites)) == len(sites),
-            "sites",
-            f"one or both of {SITES}",
-        )
-        self._require(
-            not self.scales or "linear" in sites,
+            not self.scales or "linear" in self.sites,
             "sites",
             "linear among them where scales is set, since scales rely on the linears' vectors",
         )
@@ -168,4 +174,8 @@ class BiasCompensationConfig(Settings):
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values; ``parse`` reads them back."""
-        return {**asdict(self), "sites": list(self.sites)}
+        return {
+            **asdict(self),
+            "sites": list(self.sites),
+            "refine_train": list(self.refine_train),
+        }

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
 
-from ..config import BY, Settings
-
-TRAIN = ("vectors", "scales", "norms")
+from ..config import BY, TRAIN, Settings
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,7 @@ class RefinementConfig(Settings):
             "patience",
         ):
             self._require_number(name, lambda n: n > 0, "a whole number above 0")
-        train = (self.train,) if isinstance(self.train, str) else tuple(self.train)
-        object.__setattr__(self, "train", train)
-        self._require(
-            bool(train) and set(train) <= set(TRAIN) and len(set(train)) == len(train),
-            "train",
-            f"some of {TRAIN}",
-        )
+        self._require_some("train", TRAIN)
         self._require(self.by in BY, "by", f"one of {BY}")
         precisions = ("no", "bf16")
         self._require(self.mixed_precision in precisions, "mixed_precision", f"one of {precisions}")

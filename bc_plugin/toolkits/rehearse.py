@@ -108,7 +108,8 @@ class Rehearsal:
             linears = linear_sites(reference, quantized)
             if "linear" not in self.config.sites:
                 linears = []
-            if self.config.scales:
+            trained = self.config.refine_train if self.config.refine_steps else ()
+            if self.config.scales or "scales" in trained:
                 integer_weights(quantized, linears, lambda block: block, self.dtype)
             sites, outputs = measure_linears(
                 name,

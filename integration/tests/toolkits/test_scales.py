@@ -1,5 +1,7 @@
 """Group scales in real kernels: told from integers, fitted, saved and loaded."""
 
+from functools import partial
+
 import pytest
 import torch
 from rig.quantizers.pipelines import PIPELINES, model_of
@@ -9,10 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import bc_plugin
-from bc_plugin import Compensation
+from bc_plugin import Compensation, RefinementConfig
 from bc_plugin.models.integers import integer_weights
 from bc_plugin.models.modules import copy_of, dtype_of
 from bc_plugin.names import SUFFIX
+from bc_plugin.refinement.train import Training
 
 FLAG = {"positions": 1, "held_out": 0.25}
 LINEARS = [
@@ -29,6 +32,7 @@ CASES = [
     ("auto_gptq", {"bits": 2}),
     ("transformers-auto_gptq", {"bits": 3}),
 ]
+TRAINED = {"refine_steps": 8, "refine_train": ("vectors", "scales", "norms")}
 PACKED = [{}, {"symmetric": False}, {"actorder": True}]
 
 
@@ -126,3 +130,29 @@ def test_scales_are_fitted_in_the_same_run(case, tmp_path, enabled):
     assert ratios and sum(ratios) / len(ratios) < 1
     loaded = Compensation.attached_to(pipeline.load(tmp_path / "out"))
     assert loaded.scales and loaded.digest == fitted.digest
+
+
+def test_what_was_trained_is_what_its_kernels_give_once_loaded(
+    case, tmp_path, enabled, monkeypatch
+):
+    pipeline, source, settings = case
+    losses, evaluate = [], Training.evaluate
+
+    def better_and_better(training):  # so that where training ends is kept
+        losses.append(evaluate(training))
+        return -float(len(losses))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "evaluate", better_and_better)
+        fast = partial(RefinementConfig, scales_learning_rate=0.2, norms_learning_rate=0.2)
+        patched.setattr("bc_plugin.toolkits.run.RefinementConfig", fast)
+        flag = {**FLAG, "joint": False, "scales": True, **TRAINED}
+        trained = _quantized(pipeline, source, tmp_path / "out", flag, **settings)
+    assert trained.refined["train"] == list(TRAINED["refine_train"])
+    assert losses[-1] != pytest.approx(losses[0], rel=0.1)
+    model = model_of(pipeline.load(tmp_path / "out"))
+    assert Compensation.attached_to(model).digest == trained.digest
+    reference = AutoModelForCausalLM.from_pretrained(source, dtype=pipeline.dtype)
+    config = RefinementConfig(steps=1, learning_rate=1e-9)
+    again = bc_plugin.refine(model, reference, sequences(), config)
+    assert again.refined["before"] == pytest.approx(losses[-1], rel=0.03)
