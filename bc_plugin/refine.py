@@ -129,9 +129,8 @@ def train_vectors(
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         outcome = by(model, start, float_model, data, config, progress, copy_to_run)
     refined = _with_vectors(compensation, outcome, config)
-    if not outcome.weights:
+    if not write_weights(model, outcome.weights):
         return refined
-    write_weights(model, outcome.weights)
     # They were trained together, so scales and norms rely on the vectors from here on.
     digest = weights_digest(model, refined.blocks, refined.vectors)
     return refined.replaced(digest=digest, joint=True, scales=True)

@@ -200,10 +200,18 @@ def trained_weights(
         yield found
 
 
-def write_weights(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Set what ``trained_weights`` trained, by name, in the quantized model's own tensors."""
+def write_weights(model: nn.Module, values: Mapping[str, Tensor]) -> bool:
+    """Set what ``trained_weights`` trained, by name, in the quantized model's own tensors.
+
+    Returns:
+        Whether any has another value now.
+    """
+    changed = False
     for name, value in values.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         own = stored_scales(path, module)[0] if leaf == "scales" else getattr(module, leaf).detach()
+        before = own.clone()
         overwrite(own, value)
+        changed |= not torch.equal(own, before)
+    return changed

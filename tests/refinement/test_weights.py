@@ -149,6 +149,31 @@ def test_all_do_better_than_vectors_alone():
     assert all_of_it.refined["after"] < alone.refined["after"]
 
 
+def test_less_memory_is_the_same_training():
+    model, quantized = _compensated()
+    other = copy.deepcopy(quantized)
+    settings = {"train": ("vectors", "scales", "norms"), **RATES}
+    expected = refine(other, model, **settings)
+    found = refine(quantized, model, gradient_checkpointing=True, **settings)
+    assert found.refined["after"] == pytest.approx(expected.refined["after"], rel=1e-3)
+    torch.testing.assert_close(_logits(quantized), _logits(other), rtol=1e-2, atol=1e-2)
+
+
+def test_mixed_precision_trains_them_as_well():
+    model, quantized = _compensated()
+    found = refine(quantized, model, train=("scales", "norms"), mixed_precision="bf16", **RATES)
+    assert found.refined["after"] < 0.97 * found.refined["before"]
+
+
+def test_where_training_gains_nothing_the_model_is_what_it_was():
+    model, quantized = _compensated()
+    before = _tensors(quantized)
+    found = refine(quantized, model, train="scales", scales_learning_rate=0.5)
+    assert found.refined["after"] == found.refined["before"]
+    assert not found.scales and not found.joint
+    assert all(torch.equal(before[name], t) for name, t in _tensors(quantized).items())
+
+
 def test_what_has_no_scales_says_so():
     model = tiny_model()
     quantized = crudely_quantized(model)
