@@ -21,14 +21,15 @@ from .models.modules import copy_of, device_of, dtype_of, evaluating
 from .models.offloaded import require_in_memory
 from .models.repacked import require_as_stored
 from .names import KEY
+from .shift.fitting import FittedScales
 from .shift.inside import measure_block, measure_linears
 from .shift.messages import (
     NOTHING_COMPARABLE,
     ONLY_EXPERTS,
     RESCALED,
-    SEVERAL_LISTS,
     UNCHANGED,
     about_experts,
+    require_one_list,
 )
 from .shift.outside import measure_outside
 from .shift.rescaling import Rescaling
@@ -70,7 +71,8 @@ def compensate(
     Heads are no sites, be they a language model's, classifiers or box predictors.
 
     Args:
-        quantized_model: Left as it was; use ``Compensation.attach`` on it afterwards.
+        quantized_model: Left as it was, but for its linears' scales if ``scales`` is asked for; use
+            ``Compensation.attach`` on it afterwards.
         float_model: A model with the same modules' names, or a snapshot of its blocks, which takes
             one list of blocks and nothing outside of them.
         calibration: Model inputs: dicts of tensors (or single tensors) with the batch first.
@@ -87,7 +89,8 @@ def compensate(
         BiasCompensationError: the quantized model was not quantized from this float model, or it
             was jointly, and linears would be left without vectors; the calibration data is empty,
             all padding or too short for the positions; the positions of a site's tokens are
-            unknown, as in windowed or cross-attention; an output is not finite.
+            unknown, as in windowed or cross-attention; an output is not finite; scales were asked
+            for, and cannot be told from integers. Scales are then as they were.
     """
     config = BiasCompensationConfig.parse(config) or BiasCompensationConfig()
     if any(KEY in module._buffers for module in quantized_model.modules()):
@@ -95,9 +98,10 @@ def compensate(
             "the quantized model is compensated already; detach its compensation first."
         )
     start = time.perf_counter()
-    with evaluating(quantized_model, float_model):
+    scales = FittedScales(copy_to_run, wanted=config.scales)
+    with evaluating(quantized_model, float_model), scales:
         compensation = _Pass(
-            quantized_model, float_model, calibration, config, rescalings or {}, copy_to_run
+            quantized_model, float_model, calibration, config, rescalings or {}, scales
         ).run()
     compensation.seconds = time.perf_counter() - start
     return compensation
@@ -113,11 +117,11 @@ class _Pass:
         calibration: Iterable[Any],
         config: BiasCompensationConfig,
         rescalings: Mapping[str, Rescaling],
-        copy_to_run: Callable[[nn.Module], nn.Module],
+        scales: FittedScales,
     ) -> None:
         self.model, self.float_model, self.config = model, float_model, config
         self.calibration = checked_items(calibration, vocabulary_of(model, float_model))
-        self.rescalings, self.copy_to_run = rescalings, copy_to_run
+        self.rescalings, self.scales, self.copy_to_run = rescalings, scales, scales.copy_to_run
         self.live = isinstance(float_model, nn.Module)
         require_model(float_model)
         self.lists = (
@@ -134,12 +138,7 @@ class _Pass:
         self.joint = joint_linears(model)
         if "linear" not in config.sites:
             require_linears(self.joint, (), "keep linear among the sites.")
-        if len(self.lists) > 1 and config.positions != 0:
-            raise BiasCompensationError(
-                SEVERAL_LISTS.format(
-                    type(model).__name__, len(self.lists), self.paths, config.positions
-                )
-            )
+        require_one_list(model, self.paths, config.positions)
         self.vectors: dict[str, Tensor] = {}
         self.kinds: dict[str, str] = {}
         self.errors: dict[str, SiteErrors] = {}
@@ -169,7 +168,8 @@ class _Pass:
             raise BiasCompensationError(f"no site is left to compensate: {reason}")
         if self.rescaled:
             warnings.warn(RESCALED, stacklevel=4)
-        require_linears(self.joint, self.vectors, "pass the float model that they were made from.")
+        joint = self.joint | self.scales.conclude(self.model)
+        require_linears(joint, self.vectors, "pass the float model that they were made from.")
         weights = weights_of(self.model, self.paths, self.vectors)
         return Compensation(
             vectors=self.vectors,
@@ -178,7 +178,8 @@ class _Pass:
             positions=self.positions,
             blocks=self.paths,
             digest=weights.digest,
-            joint=bool(self.joint),
+            joint=bool(joint),
+            scales=bool(self.scales.before),
             float_weights=weights.float_weights,
         )
 
@@ -209,29 +210,33 @@ class _Pass:
 
     def _compensate_block(self, number: int, name: str) -> None:
         """A block's linears, then the block itself with those in place."""
-        quantized = self.copy_to_run(self.model.get_submodule(name))
+        own, moved = self.model.get_submodule(name), self.rescalings.get(name, Rescaling())
+        quantized = self.copy_to_run(own)
         if not are_kept(self.model):
-            require_as_stored(self.model.get_submodule(name), name, quantized, self.kernels)
-        moved = self.rescalings.get(name, Rescaling())
+            require_as_stored(own, name, quantized, self.kernels)
         with self.source.load(name, device_of(quantized)) as reference:
             changed = linear_sites(reference, quantized)
             experts = changed_experts(reference, quantized)
-            linears: list[str] = []
-            if "linear" in self.config.sites:
-                linears = comparable(reference, quantized, changed, moved)
-            place, calls = (name, number, reference, quantized), (self.stream, self.positions)
-            sites, outputs = measure_linears(*place, linears, *calls, moved, self.dtype)
+            wanted = changed if "linear" in self.config.sites else []
+            linears = comparable(reference, quantized, wanted, moved)
+            settings = linears, self.stream, self.positions, moved, self.dtype
+            if self.scales.fit(name, number, reference, own, *settings):
+                quantized = self.copy_to_run(own)
+            sites, outputs = measure_linears(name, number, reference, quantized, *settings)
         self.experts += [f"{name}.{path}" for path in experts]
         stood_for = "block" in self.config.sites and bool(changed or experts)
         self.changed |= bool(changed) or stood_for
         others = not moved.inputs and any(site.agreement.is_missing for site in sites)
         if others:
             sites = []  # scales were moved, or weights rotated: the others' inputs are others, too
+            self.scales.undo(f"{name}.")
+            quantized = self.copy_to_run(own)
         self.rescaled |= others or ("linear" in self.config.sites and bool(changed) and not linears)
         kept = [site for site in sites if self._keep(site)]
         if stood_for:
-            own = {site.name.removeprefix(f"{name}."): self.vectors[site.name] for site in kept}
-            block = measure_block(name, number, quantized, own, *calls, outputs, self.dtype)
+            linear = {site.name.removeprefix(f"{name}."): self.vectors[site.name] for site in kept}
+            calls = self.stream, self.positions, outputs, self.dtype
+            block = measure_block(name, number, quantized, linear, *calls)
             if not sites:
                 require_same_block(block)
             self._keep(block)
@@ -240,7 +245,8 @@ class _Pass:
 
     def _keep(self, site: Site) -> bool:
         """Make vectors of a site's statistics; whether they are kept."""
-        found = settle(site, self.config, self.dtype, site.name not in self.joint)
+        relied_on = site.name in self.joint or site.name in self.scales.before
+        found = settle(site, self.config, self.dtype, may_drop=not relied_on)
         if found is not None:
             self.kinds[site.name] = site.kind
             self.vectors[site.name], self.errors[site.name] = found

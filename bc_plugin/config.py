@@ -11,6 +11,7 @@ from .errors import BiasCompensationError
 
 SITES = ("linear", "block")
 BY = ("model", "block")
+TRAIN = ("vectors", "scales", "norms")
 DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 
 
@@ -31,6 +32,14 @@ class Settings:
         value = getattr(self, name)
         is_number = isinstance(value, kind) and not isinstance(value, bool)
         self._require(is_number and within(value), name, expected)
+
+    def _require_some(self, name: str, known: tuple[str, ...]) -> None:
+        """Any of some words, each once; one alone may be given as it is."""
+        value = getattr(self, name)
+        chosen = (value,) if isinstance(value, str) else tuple(value)
+        object.__setattr__(self, name, chosen)
+        once = len(set(chosen)) == len(chosen)
+        self._require(bool(chosen) and set(chosen) <= set(known) and once, name, f"any of {known}")
 
     def _require_bool(self, name: str) -> None:
         self._require(isinstance(getattr(self, name), bool), name, "True or False")
@@ -54,6 +63,9 @@ class BiasCompensationConfig(Settings):
         joint: Let the toolkit's GPTQ know that a bias will follow: it minimises the error that is
             left once the mean is taken out. Only where linears are compensated, and where the
             toolkit quantizes with plain GPTQ; otherwise it changes nothing.
+        scales: Give the quantized linears, too, the group scales that are best with a bias, in
+            closed form; integers and zero points stay. They are set in the quantized model's own
+            tensors, and rely on the vectors as joint weights do.
         blocks: Dotted path of the ``ModuleList`` of blocks, e.g. ``"model.layers"``, or several.
             Found when not given; see ``bc_plugin.models.blocks.find_block_lists``.
         held_out: Share of the calibration sequences kept apart to measure the error on tokens
@@ -67,6 +79,7 @@ class BiasCompensationConfig(Settings):
         refine_steps: Train the vectors so many steps against the float model, starting from the
             closed form; see ``bc_plugin.refine``. 0 leaves them as they are.
         refine: What the training compares, ``"model"`` or ``"block"``.
+        refine_train: What is trained: any of ``"vectors"``, ``"scales"`` and ``"norms"``.
         dtype: Type the vectors are stored in. ``"auto"`` takes two bytes per value: bfloat16 for
             bfloat16 models, float16 otherwise, float32 for a vector that float16 cannot hold.
 
@@ -79,6 +92,7 @@ class BiasCompensationConfig(Settings):
     positions: int | Literal["all"] = 1
     sites: tuple[str, ...] = SITES
     joint: bool = True
+    scales: bool = False
     blocks: str | tuple[str, ...] | None = None
     held_out: float = 0.125
     keep_only_if_better: bool = False
@@ -86,11 +100,10 @@ class BiasCompensationConfig(Settings):
     batch_tokens: int = 4096
     refine_steps: int = 0
     refine: Literal["model", "block"] = "model"
+    refine_train: tuple[str, ...] = ("vectors",)
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        sites = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
-        object.__setattr__(self, "sites", sites)
         if isinstance(self.blocks, list):
             object.__setattr__(self, "blocks", tuple(self.blocks))
         paths = (self.blocks,) if isinstance(self.blocks, str) else self.blocks
@@ -98,10 +111,12 @@ class BiasCompensationConfig(Settings):
             self._require_number(
                 "positions", lambda n: n >= 0, 'a whole number from 0 up, or "all"'
             )
+        self._require_some("sites", SITES)
+        self._require_some("refine_train", TRAIN)
         self._require(
-            bool(sites) and set(sites) <= set(SITES) and len(set(sites)) == len(sites),
+            not self.scales or "linear" in self.sites,
             "sites",
-            f"one or both of {SITES}",
+            "linear among them where scales is set, since scales rely on the linears' vectors",
         )
         self._require(
             paths is None
@@ -112,7 +127,7 @@ class BiasCompensationConfig(Settings):
             "the path of a list of blocks, or several",
         )
         self._require_number("held_out", lambda n: 0 <= n < 1, "a share from 0 to below 1", Real)
-        for name in ("joint", "keep_only_if_better"):
+        for name in ("joint", "scales", "keep_only_if_better"):
             self._require_bool(name)
         self._require(
             not (self.keep_only_if_better and self.held_out == 0),
@@ -159,4 +174,8 @@ class BiasCompensationConfig(Settings):
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values; ``parse`` reads them back."""
-        return {**asdict(self), "sites": list(self.sites)}
+        return {
+            **asdict(self),
+            "sites": list(self.sites),
+            "refine_train": list(self.refine_train),
+        }

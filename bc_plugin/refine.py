@@ -24,8 +24,10 @@ from .refinement.float_logits import FloatLogits
 from .refinement.progress import FLOAT_MODEL, Progress
 from .refinement.source import Source, check_source, require_float, source_checksum
 from .refinement.train import Outcome
+from .refinement.weights import write_weights
 from .shift.same_model import require_same_model
 from .vectors.compensation import Compensation
+from .vectors.weights import forget_floats, weights_of
 
 
 def refine(
@@ -137,7 +139,15 @@ def train_vectors(
     by = {"model": train_by_model, "block": train_by_block}[config.by]
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         outcome = by(model, start, float_model, data, config, progress, copy_to_run)
-    return _with_vectors(compensation, outcome, config)
+    refined = _with_vectors(compensation, outcome, config)
+    if not write_weights(model, outcome.weights):
+        return refined
+    # They were trained together, so scales and norms rely on the vectors from here on.
+    forget_floats(model)
+    found = weights_of(model, refined.blocks, refined.vectors)
+    return refined.replaced(
+        digest=found.digest, float_weights=found.float_weights, joint=True, scales=True
+    )
 
 
 def _inputs(
@@ -164,6 +174,7 @@ def _with_vectors(
         vectors[name] = (stored if bool(torch.isfinite(stored).all()) else vector).cpu()
     refined_with = {
         "by": config.by,
+        "train": list(config.train),
         "steps": outcome.steps,
         "before": outcome.before,
         "after": outcome.after,

@@ -25,6 +25,7 @@ from .options import (
     Out,
     Positions,
     Samples,
+    Scales,
     Sites,
 )
 from .outputs import write
@@ -39,6 +40,7 @@ def compensate(
     dataset: CalibrationData,
     positions: Positions = "1",
     sites: Sites = "linear block",
+    scales: Scales = False,
     samples: Samples = 128,
     length: Length = 512,
     dtype: Dtype = "auto",
@@ -50,7 +52,7 @@ def compensate(
 
     Example: `bc-plugin compensate ./gptq ./SmolLM2-135M ./out --dataset text.txt --positions 0`
     """
-    settings = pass_settings(positions, sites)
+    settings = pass_settings(positions, sites, scales=scales)
     check_out(out)
     model_config("QUANTIZED", quantized)
     float_config(float_model)

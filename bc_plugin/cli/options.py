@@ -22,6 +22,9 @@ Positions = Annotated[
     str, typer.Option(help="Leading tokens with a vector of their own: 0, 1, ... or `all`.")
 ]
 Sites = Annotated[str, typer.Option(help="What to compensate: `linear`, `block`, or both.")]
+Scales = Annotated[
+    bool, typer.Option("--scales", help="Fit the scales of the quantized linears as well.")
+]
 Length = Annotated[int, typer.Option(min=1, help="Tokens per sequence.")]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences, at most.")]
 FloatModel = Annotated[str, typer.Argument(metavar="FLOAT", help="The model it came from.")]

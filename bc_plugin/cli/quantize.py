@@ -20,6 +20,7 @@ from .options import (
     Out,
     Positions,
     Samples,
+    Scales,
     Sites,
 )
 from .sites import print_sites
@@ -40,6 +41,7 @@ def quantize(
     damp: Annotated[float, typer.Option(help="Damping, as a share of the Hessian.")] = 0.1,
     positions: Positions = "1",
     sites: Sites = "linear block",
+    scales: Scales = False,
     joint: Annotated[bool, typer.Option(help="Let GPTQ know that vectors will follow.")] = True,
     refine_steps: Annotated[int, typer.Option(help="Then train the vectors so many steps.")] = 0,
     samples: Samples = 128,
@@ -51,7 +53,9 @@ def quantize(
 
     Example: `bc-plugin quantize ./SmolLM2-135M ./out --bits 3 --group-size 64 --dataset text.txt`
     """
-    settings = pass_settings(positions, sites, joint=joint, refine_steps=refine_steps)
+    settings = pass_settings(
+        positions, sites, scales=scales, joint=joint, refine_steps=refine_steps
+    )
     check_out(out)
     check_gptq(bits, group_size, damp, desc_act, act_group_aware)
     float_config(float_model)

@@ -1,4 +1,4 @@
-"""``bc-plugin refine``: train the vectors."""
+"""``bc-plugin refine``: train the vectors, and scales and norms."""
 
 from __future__ import annotations
 
@@ -35,6 +35,9 @@ def refine(
     out: Out,
     dataset: CalibrationData,
     steps: Annotated[int, typer.Option(help="Steps of training; by block, in each.")] = 64,
+    train: Annotated[
+        str, typer.Option(help="Any of `vectors`, `scales` (of groups) and `norms`.")
+    ] = "vectors",
     by: Annotated[str, typer.Option(help="Compare the `model`, or each `block`.")] = "model",
     learning_rate: Annotated[float, typer.Option(help="Change per step, as a share.")] = 0.1,
     gradient_checkpointing: Annotated[
@@ -54,6 +57,7 @@ def refine(
     """
     config = RefinementConfig(
         steps=steps,
+        train=tuple(train.replace(",", " ").split()),
         by=by,
         learning_rate=learning_rate,
         gradient_checkpointing=gradient_checkpointing,

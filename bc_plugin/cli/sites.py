@@ -36,7 +36,7 @@ def print_sites(folder: Path, by_group: bool) -> None:
     console.print(table)
     console.print(
         f"{len(rows)} sites, {compensation.nbytes:,} bytes, positions={compensation.positions}, "
-        f"joint={compensation.joint}. "
+        f"joint={compensation.joint}, scales={compensation.scales}. "
         "Errors are mean squared differences from the float model's output, per value."
     )
     if compensation.refined is not None:

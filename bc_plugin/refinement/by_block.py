@@ -21,9 +21,10 @@ from ..vectors.compensation import Compensation
 from .config import RefinementConfig
 from .data import RefinementData
 from .gradients import differentiable
-from .parameters import frozen, merged_blocks, trained
+from .parameters import Trained, frozen, merged_blocks, trained
 from .progress import Progress
 from .train import Outcome, Training
+from .weights import trained_weights
 
 
 def train_by_block(
@@ -50,7 +51,10 @@ def train_by_block(
     given = [calls.hidden for calls in stream]  # to the quantized blocks
     unrefined = {number: given[number] for number in data.apart}  # with the old vectors
     fixed = merged_blocks(model, compensation)
+    if "vectors" not in config.train:
+        fixed = set(compensation.vectors)
     vectors: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     steps = 0
     with tqdm(total=config.steps * len(blocks.names), desc="Refining blocks") as bar:
         for number, name in enumerate(blocks.names):
@@ -62,7 +66,12 @@ def train_by_block(
             with ExitStack() as stack:
                 stack.enter_context(frozen(block))
                 stack.enter_context(differentiable([block], trainer.dtype, False))
-                sites = stack.enter_context(trained(own, compensation, tracker, fixed))
+                pair = {name: (block, model.get_submodule(name))}
+                place = pair, {name: block}, trainer.dtype, copy_to_run
+                sites: dict[str, Trained] = stack.enter_context(
+                    trained_weights(config.train, *place)
+                )
+                sites |= stack.enter_context(trained(own, compensation, tracker, fixed))
                 with torch.no_grad():
                     unrefined = {n: trainer.run(n, hidden) for n, hidden in unrefined.items()}
                 if sites:
@@ -72,6 +81,7 @@ def train_by_block(
                     outcome = training.run(bar)
                     steps = max(steps, outcome.steps)
                     vectors |= outcome.vectors
+                    weights |= outcome.weights
                 with torch.no_grad():
                     given = [trainer.run(number, hidden) for number, hidden in enumerate(given)]
             for calls, target in zip(stream, targets, strict=True):
@@ -81,7 +91,7 @@ def train_by_block(
         _divergence(start, blocks, data, stream, outputs) for outputs in (unrefined, found)
     )
     if after < before:
-        return Outcome(vectors, before, after, steps)
+        return Outcome(vectors, before, after, steps, weights)
     return Outcome(dict(compensation.vectors), before, before, steps)
 
 

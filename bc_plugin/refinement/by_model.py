@@ -20,9 +20,10 @@ from .config import RefinementConfig
 from .data import RefinementData
 from .float_logits import FloatLogits
 from .gradients import differentiable
-from .parameters import frozen, merged_blocks, trained
+from .parameters import Trained, frozen, merged_blocks, trained
 from .progress import FLOAT_MODEL, Progress
 from .train import Outcome, Training
+from .weights import trained_weights
 
 
 def train_by_model(
@@ -45,14 +46,23 @@ def train_by_model(
         stack.callback(Tracking(twin.get_submodule(blocks.owner), modules, tracker).undo)
         checkpointing = config.gradient_checkpointing
         stack.enter_context(differentiable(modules, dtype_of(twin), checkpointing))
-        sites = stack.enter_context(
-            trained(
-                {name: twin.get_submodule(name) for name in compensation.vectors},
-                compensation,
-                tracker,
-                fixed=merged_blocks(twin, compensation),
-            )
+        pairs = zip(modules, blocks.modules(model), strict=True)
+        weights = trained_weights(
+            config.train,
+            dict(zip(blocks.names, pairs, strict=True)),
+            {"": twin},
+            dtype_of(twin),
+            copy_to_run,
         )
+        sites: dict[str, Trained] = stack.enter_context(weights)
+        fixed = merged_blocks(twin, compensation)
+        vectors = trained(
+            {name: twin.get_submodule(name) for name in compensation.vectors},
+            compensation,
+            tracker,
+            fixed=fixed if "vectors" in config.train else compensation.vectors,
+        )
+        sites |= stack.enter_context(vectors)
 
         def loss(number: int) -> tuple[Tensor, int]:
             log_q = next_token_log_probabilities(twin, data.batches[number])

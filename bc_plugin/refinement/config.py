@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
 
-from ..config import BY, Settings
+from ..config import BY, TRAIN, Settings
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,16 @@ class RefinementConfig(Settings):
 
     Args:
         steps: Steps of the optimizer (Adam); with ``by="block"``, in each block.
+        train: What is trained: any of ``"vectors"``, ``"scales"`` (of the quantized linears'
+            groups) and ``"norms"`` (their gains and biases). Scales and norms are changed in the
+            model's own tensors; integers and zero points never are.
         by: What is compared with the float model: ``"model"`` (next-token distributions) or
             ``"block"`` (outputs of blocks, least squares, one block in memory at a time).
         learning_rate: The largest change of a vector's values per step, as a share of their root
             mean square at the start, or of half that of the error they leave where that is less.
             Reached after the warm-up; a cosine takes it down to 0.
+        scales_learning_rate, norms_learning_rate: The largest change per step, as a share of each
+            value.
         warmup: Share of the steps in which the learning rate rises.
         batch_tokens: Tokens per forward pass.
         gradient_accumulation_steps: Forward passes per step.
@@ -40,8 +45,11 @@ class RefinementConfig(Settings):
     what = "refinement"
 
     steps: int = 64
+    train: tuple[str, ...] = ("vectors",)
     by: Literal["model", "block"] = "model"
     learning_rate: float = 0.1
+    scales_learning_rate: float = 1e-3
+    norms_learning_rate: float = 2e-3
     warmup: float = 0.1
     batch_tokens: int = 2048
     gradient_accumulation_steps: int = 1
@@ -62,11 +70,13 @@ class RefinementConfig(Settings):
             "patience",
         ):
             self._require_number(name, lambda n: n > 0, "a whole number above 0")
+        self._require_some("train", TRAIN)
         self._require(self.by in BY, "by", f"one of {BY}")
         precisions = ("no", "bf16")
         self._require(self.mixed_precision in precisions, "mixed_precision", f"one of {precisions}")
         self._require_bool("gradient_checkpointing")
-        self._require_number("learning_rate", lambda n: n > 0, "above 0", Real)
+        for name in ("learning_rate", "scales_learning_rate", "norms_learning_rate"):
+            self._require_number(name, lambda n: n > 0, "above 0", Real)
         self._require_number("warmup", lambda n: 0 <= n <= 1, "a share from 0 to 1", Real)
         self._require_number("held_out", lambda n: 0 < n < 1, "a share above 0 and below 1", Real)
         if self.top_k is not None:

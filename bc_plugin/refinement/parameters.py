@@ -16,7 +16,23 @@ from ..vectors.compensation import Compensation
 from ..vectors.in_place import CompensatedForward
 
 
-class TrainedForward(CompensatedForward):
+class Trained:
+    """Something that is trained.
+
+    Attributes:
+        kind: ``"vectors"``, ``"scales"`` or ``"norms"``.
+        step: What the optimizer moves; zeros at the start.
+    """
+
+    kind: str
+    step: nn.Parameter
+
+    def value(self) -> Tensor:
+        """Where training is now, float32."""
+        raise NotImplementedError
+
+
+class TrainedForward(CompensatedForward, Trained):
     """A module's forward plus vectors that can be trained.
 
     They are ``start + scale * step``, where ``step`` is what the optimizer moves and ``scale`` the
@@ -41,12 +57,14 @@ class TrainedForward(CompensatedForward):
         self.step = nn.Parameter(torch.zeros_like(self.start))
         super().__init__(module, tracker, shared_is_merged=False)
 
-    def vectors(self) -> Tensor:
+    kind = "vectors"
+
+    def value(self) -> Tensor:
         """Where training is now, float32 (positions + 1, features)."""
         return self.start + self.scale * self.step
 
     def _add(self, module: nn.Module, hidden: Tensor, rows: Tensor | None) -> Tensor:
-        vectors = self.vectors().to(hidden.device)
+        vectors = self.value().to(hidden.device)
         if rows is None:
             return (hidden + vectors[-1]).to(hidden.dtype)
         # A product, since indexing has a slow backward pass.

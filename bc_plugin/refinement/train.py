@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..errors import BiasCompensationError
 from .config import RefinementConfig
-from .parameters import TrainedForward
+from .parameters import Trained
 from .progress import Progress
 
 Loss = Callable[[int], tuple[Tensor, int]]
@@ -25,6 +25,7 @@ class Outcome:
 
     Attributes:
         vectors: The best ones, float32, by site.
+        weights: The best scales and norms, float32, by name.
         before, after: Held-out loss at the start and of the best.
         steps: Steps that were made.
     """
@@ -33,6 +34,7 @@ class Outcome:
     before: float
     after: float
     steps: int
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -44,10 +46,10 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
 
 
 class Training:
-    """Training of some sites' vectors.
+    """Training of some sites' vectors, and of scales and norms.
 
     Args:
-        sites: Those in place; the ones whose ``step`` requires a gradient are trained.
+        sites: Those in place, by name; the ones whose ``step`` requires a gradient are trained.
         loss: Gives, for the number of a batch, the mean loss and the number of tokens.
         fitted: Numbers of the batches that are trained on.
         apart: Numbers of the batches that decide what is kept.
@@ -58,7 +60,7 @@ class Training:
 
     def __init__(
         self,
-        sites: Mapping[str, TrainedForward],
+        sites: Mapping[str, Trained],
         loss: Loss,
         fitted: Sequence[int],
         apart: Sequence[int],
@@ -72,8 +74,17 @@ class Training:
         # In an order of their own: a compensation that was saved and loaded has another.
         self.steps = {n: s.step for n, s in sorted(sites.items()) if s.step.requires_grad}
         self.device = next(iter(self.steps.values())).device.type
+        self.rates = {
+            "vectors": config.learning_rate,
+            "scales": config.scales_learning_rate,
+            "norms": config.norms_learning_rate,
+        }
+        groups = {kind: [] for kind in self.rates}
+        for name, step in self.steps.items():
+            groups[sites[name].kind].append(step)
         self.optimizer = torch.optim.Adam(
-            list(self.steps.values()), lr=config.learning_rate, betas=(0.9, 0.95)
+            [{"params": steps, "kind": kind} for kind, steps in groups.items() if steps],
+            betas=(0.9, 0.95),
         )
 
     def run(self, bar: tqdm) -> Outcome:
@@ -92,8 +103,11 @@ class Training:
         with torch.no_grad():
             for name, step in self.steps.items():
                 step.copy_(state["kept"][name])
-            vectors = {name: site.vectors() for name, site in self.sites.items()}
-        return Outcome(vectors, state["before"], state["best"], state["done"])
+            vectors, weights = (
+                {n: s.value() for n, s in self.sites.items() if (s.kind == "vectors") == wanted}
+                for wanted in (True, False)
+            )
+        return Outcome(vectors, state["before"], state["best"], state["done"], weights)
 
     def _restore(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
@@ -143,7 +157,7 @@ class Training:
             )
         factor = learning_rate_factor(step, self.config.steps, self.config.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * factor
+            group["lr"] = self.rates[group["kind"]] * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total

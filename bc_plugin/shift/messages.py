@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
+from ..errors import BiasCompensationError
+
 UNCHANGED = (
     "there is nothing to compensate: the linears of both models are the same. Pass the quantized "
     "model first, then the float model it came from."
@@ -15,6 +19,10 @@ ONLY_EXPERTS = (
 NOTHING_COMPARABLE = (
     "no linear that was quantized has an output that can be compared. Add 'block' to the sites: "
     "the vectors of the blocks stand for them."
+)
+NO_SCALES = (
+    "scales were to be fitted, but no linear within a block was quantized in a way that its output "
+    "can be compared with the float linear's. Leave scales out."
 )
 SEVERAL_LISTS = (
     "{} has {} lists of blocks: {}. Their tokens are different ones, in different numbers, and no "
@@ -35,10 +43,30 @@ OTHER_MODEL = (
 )
 
 
+def require_one_list(model: nn.Module, paths: Sequence[str], positions: int | str) -> None:
+    """Refuse positions apart where tokens of several lists of blocks would be meant.
+
+    Raises:
+        BiasCompensationError: there are several lists, and positions are not 0.
+    """
+    if len(paths) > 1 and positions != 0:
+        raise BiasCompensationError(
+            SEVERAL_LISTS.format(type(model).__name__, len(paths), list(paths), positions)
+        )
+
+
 def about_experts(changed: Sequence[str]) -> str:
     """That the routed experts with these paths are left to their blocks."""
     return (
         f"{len(changed)} weights of routed experts, the first is {changed[0]}, have no vectors of "
         "their own: the quantized model routes other tokens to them. The vectors of their blocks "
         "stand for them, where blocks are compensated."
+    )
+
+
+def about_scales(left: Sequence[str]) -> str:
+    """That these linears keep their scales."""
+    return (
+        f"{len(left)} linears, the first is {left[0]}, keep the scales they have: on held-out "
+        "sequences others would be worse."
     )

@@ -14,6 +14,7 @@ from ..errors import BiasCompensationError
 from ..models.blocks import Blocks
 from ..models.calls import BlockCalls
 from ..models.float_blocks import BlockSnapshot
+from ..models.integers import integer_weights
 from ..models.modules import device_of, dtype_of, stored_tensors
 from ..shift.inside import check_finite, measure_block, measure_linears
 from ..shift.rescaling import Rescaling
@@ -107,6 +108,9 @@ class Rehearsal:
             linears = linear_sites(reference, quantized)
             if "linear" not in self.config.sites:
                 linears = []
+            trained = self.config.refine_train if self.config.refine_steps else ()
+            if self.config.scales or "scales" in trained:
+                integer_weights(quantized, linears, lambda block: block, self.dtype)
             sites, outputs = measure_linears(
                 name,
                 number,

@@ -56,7 +56,9 @@ class CompensatedQuantization:
         self.rescalings: dict[str, Rescaling] = {}
         self.refinement: RefinementConfig | None = None
         if config.refine_steps:
-            self.refinement = RefinementConfig(steps=config.refine_steps, by=config.refine)
+            self.refinement = RefinementConfig(
+                steps=config.refine_steps, by=config.refine, train=config.refine_train
+            )
         self.float_logits: FloatLogits | None = None
 
     def __enter__(self) -> CompensatedQuantization:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,12 @@ from .contents import Contents
 from .entry import entry_of, read_entry, set_entry
 from .joint import entry_to_save, mark_joint, saved_without
 from .settings import read_settings
+
+SCALES_ELSEWHERE = (
+    "these vectors belong to a model whose scales were fitted with them, and Compensation.save "
+    "writes vectors alone: save the model, too, with its save_pretrained. The checkpoint it was "
+    "made of has other scales, and these vectors do not belong to it."
+)
 
 
 class Compensation(Contents):
@@ -107,11 +114,15 @@ class Compensation(Contents):
     def save(self, folder: str | Path) -> Path:
         """Write the vectors alone, to ``bias_compensation.safetensors`` in ``folder``.
 
-        Beside a checkpoint they are bound to its files: ``load`` then refuses others.
+        Beside a checkpoint they are bound to its files: ``load`` then refuses others. Scales that
+        were fitted with them are in the model's own tensors, so a warning says that its checkpoint
+        is needed, too.
 
         Returns:
             The file's path.
         """
+        if self.scales:
+            warnings.warn(SCALES_ELSEWHERE, stacklevel=2)
         path, entry = Path(folder) / FILE, self.entry()
         with suppress(BiasCompensationError):  # whatever else is there may be anything
             entry = bound_to(folder, entry) if checkpoint_files(folder) else entry

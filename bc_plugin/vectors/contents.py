@@ -35,6 +35,7 @@ ATTRIBUTES = (
     "blocks",
     "digest",
     "joint",
+    "scales",
     "refined",
     "float_weights",
 )
@@ -54,6 +55,8 @@ class Contents:
         digest: Of the quantized weights that the vectors belong to.
         float_weights: What tells their scales, norms and biases apart, a text per block.
         joint: Whether the quantizer knew that they would follow, and minimised what they leave.
+        scales: Whether the scales of quantized linears were fitted with them, in the model's own
+            tensors.
         refined: How they were trained after the closed form, which ``errors`` are of: ``by``,
             ``steps``, and the loss ``before`` and ``after`` on held-out sequences. None if not.
         seconds: How long computing them took; None when they were loaded.
@@ -70,6 +73,7 @@ class Contents:
         blocks: str | Sequence[str],
         digest: str,
         joint: bool = False,
+        scales: bool = False,
         refined: Mapping[str, Any] | None = None,
         float_weights: Sequence[str] = (),
     ) -> None:
@@ -80,6 +84,7 @@ class Contents:
         self.blocks = (blocks,) if isinstance(blocks, str) else tuple(blocks)
         self.digest = digest
         self.joint = joint
+        self.scales = scales
         self.refined = refined
         self.float_weights = tuple(float_weights)
 

@@ -45,6 +45,7 @@ def entry_of(compensation: Contents) -> dict[str, Any]:
         "blocks": blocks[0] if len(blocks) == 1 else list(blocks),
         "sites": sites,
         "joint": compensation.joint,
+        "scales": compensation.scales,
         "refined": compensation.refined,
         "digest": compensation.digest,
         "float_weights": list(compensation.float_weights),
@@ -70,8 +71,8 @@ def read_entry(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
         found = {
             "kinds": kinds,
             "errors": _read_errors(entry["errors"]),
-            **{name: entry[name] for name in ("positions", "blocks", "digest", "joint", "refined")},
-            "float_weights": entry["float_weights"],
+            **{name: entry[name] for name in ("positions", "blocks", "digest", "joint", "scales")},
+            **{name: entry[name] for name in ("refined", "float_weights")},
         }
         if set(found["errors"]) != set(kinds):
             raise ValueError(f"errors and sites differ, in {set(found['errors']) ^ set(kinds)}")
@@ -131,7 +132,7 @@ def _set(values: dict[str, Any], entry: dict[str, Any] | None) -> None:
 def vectors_digest(contents: Contents) -> str:
     """BLAKE2b over all vectors, their names, types, shapes and bytes, and what is said of them."""
     digest = hashlib.blake2b(digest_size=16)
-    said = [contents.positions, contents.blocks, contents.joint, contents.refined]
+    said = [contents.positions, contents.blocks, contents.joint, contents.scales, contents.refined]
     said += [contents.digest, contents.float_weights]
     digest.update(json.dumps(said, sort_keys=True).encode())
     for name, tensor in sorted(contents.vectors.items()):
@@ -155,9 +156,10 @@ def _check_digest(contents: Contents, expected: str) -> None:
             )
     raise BiasCompensationError(
         f"the compensation tensors (*.{KEY}) are not those that the {KEY} entry was written with, "
-        "or the entry itself was changed (its positions, blocks, sites, errors, joint, refined, "
-        f"digest, float_weights or vectors_digest): their digest is {digest}, expected {expected}. "
-        "A file is damaged, or of another checkpoint; download or save the checkpoint again."
+        "or the entry itself was changed (its positions, blocks, sites, errors, joint, scales, "
+        "refined, digest, float_weights or vectors_digest): their digest is "
+        f"{digest}, expected {expected}. A file is damaged, or of another checkpoint; download or "
+        "save the checkpoint again."
     )
 
 

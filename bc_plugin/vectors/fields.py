@@ -37,6 +37,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "sites": (f"lists of names under any of {', '.join(KINDS)}", _are_sites),
     "joint": ("true or false", lambda v: isinstance(v, bool)),
+    "scales": ("true or false", lambda v: isinstance(v, bool)),
     "refined": ("null or an object", lambda v: v is None or isinstance(v, Mapping)),
     "digest": ("a text", _is_text),
     "float_weights": ("a list of texts", _are_texts),

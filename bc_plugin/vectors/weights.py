@@ -60,6 +60,13 @@ def keep_weights(model: nn.Module) -> None:
     mark(model, KeptWeights(exact, floats))
 
 
+def forget_floats(model: nn.Module) -> None:
+    """Scales or norms were changed on purpose since ``keep_weights``: what they are now counts."""
+    kept = mark_of(model, KeptWeights)
+    if kept is not None:
+        mark(model, KeptWeights(kept.exact, {}))
+
+
 def are_kept(model: nn.Module) -> bool:
     """Whether ``keep_weights`` was called in time."""
     return mark_of(model, KeptWeights) is not None

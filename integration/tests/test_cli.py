@@ -92,6 +92,23 @@ def test_refine_takes_a_compensated_checkpoint(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "new"]
 
 
+def test_scales_and_norms(folder, tmp_path):
+    """Fitted, then trained: what loads them without the plugin has them as well."""
+    data = ("--dataset", folder / "text.txt", *DATA)
+    out = _run("compensate", folder / "out", folder / "float", tmp_path / "new", "--scales", *data)
+    assert "scales=True" in out and "scales=False" in _run("inspect", folder / "out")
+    trained = ("--train", "scales,norms", "--steps", 8)
+    _run("refine", tmp_path / "new", folder / "float", tmp_path / "refined", *trained, *data)
+    assert Compensation.load(tmp_path / "refined").refined["train"] == ["scales", "norms"]
+    plain = [
+        logits(AutoModelForCausalLM.from_pretrained(path))
+        for path in (folder / "out", tmp_path / "new")
+    ]
+    assert not torch.equal(*plain)
+    bc_plugin.enable()
+    assert Compensation.attached_to(AutoModelForCausalLM.from_pretrained(tmp_path / "refined"))
+
+
 def test_calibration_on_what_the_float_model_writes(folder, tmp_path):
     arguments = ("compensate", folder / "out", folder / "float", tmp_path / "new", *DATA)
     _run(*arguments, "--dataset", "self", "--samples", 4)

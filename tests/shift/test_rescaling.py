@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.grouped import grouped
 from helpers.language import crudely_quantized, tiny_model, token_batches
 
 import bc_plugin
@@ -98,3 +99,29 @@ def test_half_precision_is_not_taken_for_rescaling():
         warnings.simplefilter("error")
         found = bc_plugin.compensate(quantized, model, token_batches())
     assert set(found.kinds.values()) == {"linear", "block"}
+
+
+def test_scales_are_fitted_to_what_the_rescaled_linears_are_given(pair):
+    model, rescaled, records = pair
+    quantized = grouped(rescaled, bits=3)
+    before, after = (
+        bc_plugin.compensate(
+            quantized, model, token_batches(12), {**EXACT, "scales": scales}, rescalings=records
+        )
+        for scales in (False, True)
+    )
+    linears = [name for name, kind in before.kinds.items() if kind == "linear"]
+    assert len(linears) == 5 * 3
+    ratios = [after.errors[name].after / before.errors[name].after for name in linears]
+    assert max(ratios) < 1 and sum(ratios) / len(ratios) < 0.9
+
+
+def test_they_are_those_of_the_model_just_before_it_was_rounded(pair):
+    model, rescaled, records = pair
+    with_record, without = grouped(rescaled, bits=3), grouped(rescaled, bits=3)
+    config = {**EXACT, "scales": True}
+    found = bc_plugin.compensate(with_record, model, token_batches(), config, rescalings=records)
+    bc_plugin.compensate(without, rescaled, token_batches(), config)
+    for name in (name for name, kind in found.kinds.items() if kind == "linear"):
+        ours, expected = (m.get_submodule(name).scales for m in (with_record, without))
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)

@@ -5,14 +5,8 @@ import torch
 
 pytest.importorskip("bitsandbytes", reason="needs other quantizers")
 
-from compressed_tensors.compressors import ModelCompressor
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationConfig,
-    QuantizationScheme,
-    apply_quantization_config,
-)
 from optimum.quanto import Calibration, QuantizedModelForCausalLM, qint4, qint8
+from rig.quantizers.with_compressed_tensors import round_to_nearest
 from rig.subjects.tiny import logits, sequences, tiny_checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -43,7 +37,7 @@ def test_bitsandbytes(tmp_path, enabled, kind):
 
 def test_compressed_tensors(tmp_path, enabled):
     source = tiny_checkpoint(tmp_path / "float")
-    _round_to_nearest(source, tmp_path / "quantized")
+    round_to_nearest(source, tmp_path / "quantized")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
     reference = AutoModelForCausalLM.from_pretrained(source)
     compensation = bc_plugin.compensate(model, reference, sequences(), {"positions": 0})
@@ -57,7 +51,7 @@ def test_a_compensated_model_that_compressed_tensors_offloads(tmp_path, enabled)
     """What it puts in a forward's place calls the function that was there with the module."""
     offload = pytest.importorskip("compressed_tensors.offload", reason="older ones cannot")
     source = tiny_checkpoint(tmp_path / "float")
-    _round_to_nearest(source, tmp_path / "quantized")
+    round_to_nearest(source, tmp_path / "quantized")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
     reference = AutoModelForCausalLM.from_pretrained(source)
     compensation = bc_plugin.compensate(model, reference, sequences())
@@ -96,25 +90,6 @@ def test_quanto_with_quantized_activations(tmp_path, enabled):
     loaded = QuantizedModelForCausalLM.from_pretrained(tmp_path / "out")._wrapped
     Compensation.load(tmp_path / "out").attach(loaded)
     assert torch.equal(logits(loaded), logits(model))
-
-
-def _round_to_nearest(source, folder):
-    """A checkpoint in the format that llm-compressor writes."""
-    model = AutoModelForCausalLM.from_pretrained(source)
-    weights = QuantizationArgs(num_bits=4, strategy="group", group_size=32)
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    config = QuantizationConfig(
-        config_groups={"group_0": scheme}, ignore=["lm_head"], format="pack-quantized"
-    )
-    apply_quantization_config(model, config)
-    for module in model.modules():
-        if hasattr(module, "weight_scale"):
-            groups = module.weight.view(module.out_features, -1, 32)
-            module.weight_scale.data = groups.detach().abs().amax(-1) / 7.5
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    model.save_pretrained(folder)
-    compressor.update_config(folder)
 
 
 def _check_loading_and_export(tmp_path, model, compensation, dtype):

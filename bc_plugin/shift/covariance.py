@@ -1,0 +1,123 @@
+"""What a bias leaves of the inputs of linears: their covariance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BiasCompensationError
+from ..models.calls import BlockCalls
+from ..models.modules import device_of, dtype_of, gives_features
+from ..models.positions import site_index, vector_rows
+from .rescaling import Rescaling
+
+
+class InputCovariance:
+    """Running sums of the inputs of a linear, on the tokens to fit to and on those held out.
+
+    Tokens that share a vector count; an attention sink that has its own has nothing but a mean.
+    Products are of inputs less a first estimate of their mean, so that float32 does not lose them.
+    """
+
+    def __init__(self) -> None:
+        self.estimate: Tensor | None = None
+        self.counts = [0, 0]
+        self.totals: list[Tensor | None] = [None, None]
+        self.products: list[Tensor | None] = [None, None]
+
+    def update(self, inputs: Tensor, apart: bool) -> None:
+        """Add tokens, (tokens, in_features)."""
+        inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        if self.estimate is None:
+            self.estimate = inputs.mean(0)
+        inputs = inputs - self.estimate
+        part = int(apart)
+        self.counts[part] += len(inputs)
+        for sums, new in (
+            (self.totals, inputs.sum(0, dtype=torch.float64)),
+            (self.products, (inputs.T @ inputs).double()),
+        ):
+            sums[part] = new if sums[part] is None else sums[part].add_(new)
+
+    def fitted(self) -> Tensor:
+        """Of the tokens to fit to, float64 (in_features, in_features)."""
+        mean = self.totals[0] / self.counts[0]
+        return self.products[0] / self.counts[0] - mean.outer(mean)
+
+    def apart(self) -> Tensor | None:
+        """The same of those held out, about the mean that the bias takes out: the others'."""
+        if not self.counts[1]:
+            return None
+        taken, mean = self.totals[0] / self.counts[0], self.totals[1] / self.counts[1]
+        left = self.products[1] / self.counts[1] - mean.outer(mean)
+        return left + (mean - taken).outer(mean - taken)
+
+
+def input_covariances(
+    name: str,
+    number: int,
+    reference: nn.Module,
+    linears: Sequence[str],
+    stream: Sequence[BlockCalls],
+    positions: int,
+    rescaling: Rescaling,
+) -> dict[str, InputCovariance]:
+    """Run the float block, and look at what the linears of the quantized one would be given.
+
+    Args:
+        name, number: Path and number of the block.
+        reference: The float block.
+        linears: Paths within the block.
+        stream: What the block is called with.
+        positions: Number of leading positions with a vector of their own.
+        rescaling: The scales that were moved within the block.
+
+    Returns:
+        By path, for those that tokens come to; linears that are given the same share one.
+    """
+    set_apart = min(positions, 1)  # a mean of its own for each would leave little
+    found: dict[str, InputCovariance] = {}
+    given: dict[str, Tensor] = {}
+    current: BlockCalls | None = None
+
+    def observe(path: str):
+        def hook(linear: nn.Module, args: tuple, output: Tensor) -> None:
+            if not gives_features(linear, output):
+                return
+            inputs = args[0]
+            given[path] = inputs
+            leader = next(p for p in given if given[p] is inputs and _alike(rescaling, p, path))
+            if found.setdefault(path, found.get(leader) or InputCovariance()) is not found[leader]:
+                raise BiasCompensationError(
+                    f"{name}: {leader} and {path} are given the same inputs in one batch and not "
+                    "in another, which scales cannot be fitted to."
+                )
+            if leader == path:
+                site = f"{name}.{path}"
+                where = current.index, current.context
+                index = site_index(site, positions, inputs.shape[:-1], *where).flatten()
+                shared = (index >= 0) & (vector_rows(index, set_apart) == set_apart)
+                moved = rescaling.input_of(path, inputs).flatten(0, -2)
+                found[path].update(moved[shared.to(moved.device)], current.apart)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for path in linears:
+            handle = reference.get_submodule(path).register_forward_hook(observe(path))
+            hooks.callback(handle.remove)
+        for current in stream:
+            given.clear()
+            # Not lasting: the block is run again on the same calls.
+            current.run(reference, number, device_of(reference), dtype_of(reference))
+    return found
+
+
+def _alike(rescaling: Rescaling, one: str, other: str) -> bool:
+    scales = rescaling.inputs.get(one), rescaling.inputs.get(other)
+    if scales[0] is None or scales[1] is None:
+        return scales[0] is scales[1]
+    return torch.equal(*scales)
