@@ -30,12 +30,22 @@ def _config_init(wrapped, config, args, kwargs):
 
 
 def _config_from_pretrained(wrapped, cls, args, kwargs):
-    settings = read_settings(argument("save_dir", 0, args, kwargs))
+    settings = read_settings(_folder_of(argument("save_dir", 0, args, kwargs), kwargs))
     if KEY not in settings:
         return wrapped(*args, **kwargs)
     # AutoGPTQ looks for its own file only, which transformers does not write.
     known = {field.name for field in fields(cls)} | {KEY}
     return cls(**{name: value for name, value in settings.items() if name in known})
+
+
+def _folder_of(checkpoint, kwargs):
+    """Where the config of a checkpoint is, which may be a name on the hub."""
+    if Path(checkpoint).is_dir():
+        return checkpoint
+    from transformers.utils.hub import cached_file
+
+    given = {name: kwargs[name] for name in HUB if name in kwargs}
+    return Path(cached_file(checkpoint, "config.json", **given)).parent
 
 
 # Quantizing
@@ -152,6 +162,7 @@ def _post_init(wrapped, instance, args, kwargs):
 
 # Toolkit
 
+HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "use_auth_token")
 BASE = "auto_gptq.modeling._base"
 MODEL = f"{BASE}:BaseGPTQForCausalLM"
 CONFIG = f"{BASE}:BaseQuantizeConfig"

@@ -54,13 +54,20 @@ def _layout(module: nn.Module) -> str | None:
     # AutoAWQ's other kernels have formats of their own, in files, too.
     if not isinstance(bits, int) or type(module).__name__.startswith("WQLinear_GEMV"):
         return "unknown"
-    words, rows, columns = module.qweight, module.in_features, module.out_features
+    words, (rows, columns) = module.qweight, _widths(module)
     if words.dtype != getattr(module, "pack_dtype", torch.int32):
         return None
     size = 8 * words.itemsize
     shapes = {"gptq": (rows * bits // size, columns), "awq": (rows, columns * bits // size)}
     found = next((name for name, shape in shapes.items() if shape == tuple(words.shape)), None)
     return found if words.dtype == torch.int32 or found is None else "unknown"
+
+
+def _widths(module: nn.Module) -> tuple[int, int]:
+    """Features in and out; AutoGPTQ spells them otherwise."""
+    if hasattr(module, "infeatures"):
+        return module.infeatures, module.outfeatures
+    return module.in_features, module.out_features
 
 
 def _means_what_it_gives(module: nn.Module, runs: nn.Module, layout: str) -> bool:
@@ -70,7 +77,7 @@ def _means_what_it_gives(module: nn.Module, runs: nn.Module, layout: str) -> boo
         for name in ("qweight", "qzeros", "scales", "g_idx")
         if isinstance(getattr(module, name, None), Tensor)
     }
-    rows = module.in_features
+    rows, _ = _widths(module)
     groups = len(tensors["it.scales"])
     tensors.setdefault("it.g_idx", torch.arange(rows) // -(-rows // groups))
     dtype = tensors["it.scales"].dtype
