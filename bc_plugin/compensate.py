@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def compensate(
     DETR. Each list starts from what the float model gives it, and ``positions`` has to be 0.
     Convolutions outside of the blocks (patch embeddings) and the linears between stages are fed
     the float model's own inputs, too; every place counts there, padding of images included.
-    Heads are no sites, be they a language model's, classifiers or box predictors.
+    Heads are no sites, be they a language model's, classifiers' or box predictors'.
 
     Args:
         quantized_model: Left as it was, but for its linears' scales if ``scales`` is asked for; use
@@ -122,8 +123,7 @@ class _Pass:
         self.model, self.float_model, self.config = model, float_model, config
         self.calibration = checked_items(calibration, vocabulary_of(model, float_model))
         self.rescalings, self.scales, self.copy_to_run = rescalings, scales, scales.copy_to_run
-        self.live = isinstance(float_model, nn.Module)
-        require_model(float_model)
+        self.live = require_model(float_model)
         self.lists = (
             find_block_lists(model, config.blocks)
             if self.live
@@ -143,8 +143,7 @@ class _Pass:
         self.kinds: dict[str, str] = {}
         self.errors: dict[str, SiteErrors] = {}
         self.changed = self.rescaled = False
-        self.experts: list[str] = []
-        self.kernels: set[type] = set()
+        self.experts, self.kernels = list[str](), set[type]()
 
     def run(self) -> Compensation:
         """Compensate what is outside of the blocks, then block after block."""
@@ -164,23 +163,21 @@ class _Pass:
         if not self.changed:
             raise BiasCompensationError(ONLY_EXPERTS if self.experts else UNCHANGED)
         if not self.vectors and not self.config.keep_only_if_better:
-            reason = RESCALED if self.rescaled else NOTHING_COMPARABLE
-            raise BiasCompensationError(f"no site is left to compensate: {reason}")
+            why = RESCALED if self.rescaled else NOTHING_COMPARABLE
+            raise BiasCompensationError(f"no site is left to compensate: {why}")
         if self.rescaled:
             warnings.warn(RESCALED, stacklevel=4)
         joint = self.joint | self.scales.conclude(self.model)
         require_linears(joint, self.vectors, "pass the float model that they were made from.")
-        weights = weights_of(self.model, self.paths, self.vectors)
         return Compensation(
             vectors=self.vectors,
             kinds=self.kinds,
             errors=self.errors,
             positions=self.positions,
             blocks=self.paths,
-            digest=weights.digest,
             joint=bool(joint),
             scales=bool(self.scales.before),
-            float_weights=weights.float_weights,
+            **asdict(weights_of(self.model, self.paths, self.vectors)),
         )
 
     def _compensate_outside(self) -> None:
@@ -232,16 +229,16 @@ class _Pass:
             self.scales.undo(f"{name}.")
             quantized = self.copy_to_run(own)
         self.rescaled |= others or ("linear" in self.config.sites and bool(changed) and not linears)
-        kept = [site for site in sites if self._keep(site)]
+        kept = [site.name for site in sites if self._keep(site)]
         if stood_for:
-            linear = {site.name.removeprefix(f"{name}."): self.vectors[site.name] for site in kept}
-            calls = self.stream, self.positions, outputs, self.dtype
-            block = measure_block(name, number, quantized, linear, *calls)
+            linear = {path.removeprefix(f"{name}."): self.vectors[path] for path in kept}
+            settings = linear, self.stream, self.positions, outputs, self.dtype
+            block = measure_block(name, number, quantized, *settings)
             if not sites:
                 require_same_block(block)
             self._keep(block)
-        for calls, output in zip(self.stream, outputs, strict=True):
-            calls.hidden = output
+        for each, output in zip(self.stream, outputs, strict=True):
+            each.hidden = output
 
     def _keep(self, site: Site) -> bool:
         """Make vectors of a site's statistics; whether they are kept."""

@@ -73,5 +73,5 @@ def compensate(
             before.detach(model)
         compensation = run(model, reference, calibration, settings)
         compensation.attach(model)
-        write(quantized, part, compensation, tokenizer)
+        write(quantized, part, compensation, model, tokenizer)
     print_sites(out, by_group=True)

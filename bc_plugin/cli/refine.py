@@ -92,7 +92,7 @@ def refine(
             raise _not_compensated(compensated)
         refined = run(model, reference, calibration, config, folder=started)
         with writing(out, f"The training is kept in {started}"):
-            write(compensated, part, refined, tokenizer)
+            write(compensated, part, refined, model, tokenizer)
         about_to_place(started, refined.vectors)
     delete_progress(started)  # not before: OUT is all that is left of the training
     print_sites(out, by_group=True)

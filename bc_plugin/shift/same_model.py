@@ -26,8 +26,8 @@ SETTINGS = re.compile(
 )
 
 
-def require_model(float_model: Any) -> None:
-    """Refuse what is no float model, or one without weights.
+def require_model(float_model: Any) -> bool:
+    """Refuse what is no float model, or one without weights; whether it is a model that runs.
 
     Raises:
         BiasCompensationError: it is none.
@@ -42,6 +42,7 @@ def require_model(float_model: Any) -> None:
             "the float model is on the meta device, where there are no weights; load it with "
             "from_pretrained."
         )
+    return isinstance(float_model, nn.Module)
 
 
 def require_same_model(model: nn.Module, float_model: nn.Module, lists: Sequence[Blocks]) -> None:

@@ -208,7 +208,7 @@ def test_a_checkpoint_of_several_files(folders, tmp_path, enabled):
 
     out = tmp_path / "out"
     out.mkdir()
-    copy_compensated(shards, out, _changed(compensation))
+    copy_compensated(shards, out, _changed(compensation), model)
     assert len(list(out.glob("*.safetensors"))) > 2
     assert _same(out, _changed(compensation))
     for load in (AutoModelForCausalLM.from_pretrained, lambda f: GPTQModel.load(str(f)).model):
