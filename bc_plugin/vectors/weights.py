@@ -20,6 +20,7 @@ from ..models.modules import plain_part, stored_tensors
 from ..models.offloaded import stored_value
 from ..names import KEY
 from .fingerprint import alike, fingerprint, projections
+from .merge import OWN_BIAS
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,14 @@ def _exact_tensors(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
 def _floats(model: nn.Module, path: str) -> str:
     block = model.get_submodule(path)
     exact = {stored for stored, _ in _exact_tensors(block).values()}
-    names = [
-        name
+    values = {
+        name: plain_part(stored_value(model, f"{path}.{name}"))
         for name, tensor in stored_tensors(block)
         if tensor.is_floating_point() and name not in exact and not name.endswith(KEY)
-    ]
-    values = [plain_part(stored_value(model, f"{path}.{name}")) for name in sorted(names)]
-    values = [value for value in values if bool(value.any())]  # some kernels make up a bias
-    return " ".join([str(len(values)), *(f"{x:.4f}" for x in projections(values))])
+    }
+    for name, module in block.named_modules():
+        if getattr(module, OWN_BIAS, None) is not None:  # a vector is merged into the other one
+            values[f"{name}.bias"] = getattr(module, OWN_BIAS)
+    found = [values[name] for name in sorted(values)]
+    found = [value for value in found if bool(value.any())]  # some kernels make up a bias
+    return " ".join([str(len(found)), *(f"{x:.4f}" for x in projections(found))])

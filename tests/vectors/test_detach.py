@@ -90,3 +90,10 @@ def test_attaching_fails_whole(monkeypatch, failing):
     assert torch.equal(logits(model), expected)
     monkeypatch.undo()
     compensation.attach(model)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_vectors_in_place_make_no_other_weights(architecture):
+    model, compensation = pair(architecture)
+    compensation.attach(model)
+    compensation.check(model)
