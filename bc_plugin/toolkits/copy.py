@@ -94,9 +94,11 @@ def _now(model: nn.Module | None, key: str, stored: Tensor) -> Tensor:
     owner = None
     with suppress(AttributeError):  # what a loader calls otherwise is no part of a linear or norm
         owner = None if model is None else model.get_submodule(path)
-    if owner is None or not stored.is_floating_point() or hasattr(owner, OWN_BIAS):
-        return stored.contiguous()
+    if leaf == "bias" and hasattr(owner, OWN_BIAS):
+        leaf = OWN_BIAS  # a vector is merged into the other one
     loaded = getattr(owner, leaf, None)
+    if not stored.is_floating_point():
+        return stored.contiguous()
     same_kind = isinstance(loaded, Tensor) and not loaded.is_meta and loaded.shape == stored.shape
     if not same_kind or torch.equal(stored.to(loaded.dtype), loaded.detach().cpu()):
         return stored.contiguous()

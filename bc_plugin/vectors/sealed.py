@@ -39,8 +39,8 @@ def seal(settings: Mapping[str, Any]) -> dict[str, Any]:
     entry = settings.get(KEY)
     if not isinstance(entry, Mapping) or "format_version" not in entry or not entry.get("joint"):
         return dict(settings)
-    if VALUES in entry:
-        return dict(settings)
+    if VALUES in entry or settings.get("quant_method", "gptq") != "gptq" or "bits" not in settings:
+        return dict(settings)  # nobody else's loader checks these
     values = {name: settings[name] for name in SEALED if name in settings}
     return {**settings, **copy.deepcopy(SEALED), KEY: {**entry, VALUES: values}}
 
