@@ -125,7 +125,8 @@ class Compensation(Contents):
             warnings.warn(SCALES_ELSEWHERE, stacklevel=2)
         path, entry = Path(folder) / FILE, self.entry()
         with suppress(BiasCompensationError):  # whatever else is there may be anything
-            entry = bound_to(folder, entry) if checkpoint_files(folder) else entry
+            if Path(folder).is_dir() and checkpoint_files(folder):
+                entry = bound_to(folder, entry)
         tensors = {name + SUFFIX: v.contiguous().cpu() for name, v in self.vectors.items()}
         with written_whole(path) as part:
             save_file(tensors, part, metadata={"format": "pt", KEY: json.dumps(entry)})

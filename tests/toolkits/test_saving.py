@@ -145,3 +145,9 @@ def test_names_that_transformers_changes_on_saving(tmp_path):
     )
     with torch.no_grad():
         assert torch.equal(loaded(**batches[0]).logits, quantized(**batches[0]).logits)
+
+
+def test_vectors_in_a_folder_of_their_own(tmp_path, model):
+    compensation = Compensation.attached_to(model)
+    compensation.save(tmp_path / "new")
+    assert Compensation.load(tmp_path / "new").entry() == compensation.entry()
