@@ -134,6 +134,7 @@ def hold_for(model: nn.Module, checkpoint: str | Path) -> None:
     """
     note_saved_without(_entry_in(checkpoint), model)
     seen = _looked_at.get()
+    _looked_at.set(None)  # files may be others by the next time
     known = seen is not None and seen[0] == Path(checkpoint)
     compensation = seen[1] if known else load_if_any(checkpoint)
     if compensation is not None:
