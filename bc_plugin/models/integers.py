@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
+from .modules import widths_of
 
 FORMATS = "GPTQ, AWQ (gemm) and compressed-tensors (pack-quantized)"
 
@@ -124,7 +125,7 @@ def stored_scales(path: str, linear: nn.Module) -> tuple[Tensor, Tensor]:
     if layout is None:
         raise _refused(path, linear, "it has no packed integers with scales beside them")
     scales, groups = _tensor(linear, layout.scales), _tensor(linear, layout.groups)
-    width = getattr(linear, "in_features", None), getattr(linear, "out_features", None)
+    width = widths_of(linear)
     if scales is None or scales.dim() != 2 or scales.shape[layout.channels] != width[1]:
         shape = None if scales is None else tuple(scales.shape)
         raise _refused(path, linear, f"its scales have the shape {shape}, {width[1]} channels")

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+WIDTHS = ("in_features", "out_features")
+
 
 def copy_of(block: nn.Module) -> nn.Module:
     """A copy to run: some kernels repack their weights when first run, for good, and the model
@@ -85,6 +87,13 @@ def plain_part(tensor: Tensor) -> Tensor:
 def is_linear(module: nn.Module) -> bool:
     # transformers' Conv1D (GPT-2) is a linear with the weight transposed.
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def widths_of(linear: nn.Module) -> tuple[int | None, int | None]:
+    """Features in and out; AutoGPTQ spells them otherwise, and what has none has None."""
+    names = ("infeatures", "outfeatures") if hasattr(linear, "infeatures") else WIDTHS
+    first, last = (getattr(linear, name, None) for name in names)
+    return first, last
 
 
 def gives_features(linear: nn.Module, output: Any) -> bool:

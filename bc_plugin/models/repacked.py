@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
-from .modules import copy_of, device_of
+from .modules import copy_of, device_of, widths_of
 from .packed import integers_of
 
 REPACKED = (
@@ -54,20 +54,13 @@ def _layout(module: nn.Module) -> str | None:
     # AutoAWQ's other kernels have formats of their own, in files, too.
     if not isinstance(bits, int) or type(module).__name__.startswith("WQLinear_GEMV"):
         return "unknown"
-    words, (rows, columns) = module.qweight, _widths(module)
+    words, (rows, columns) = module.qweight, widths_of(module)
     if words.dtype != getattr(module, "pack_dtype", torch.int32):
         return None
     size = 8 * words.itemsize
     shapes = {"gptq": (rows * bits // size, columns), "awq": (rows, columns * bits // size)}
     found = next((name for name, shape in shapes.items() if shape == tuple(words.shape)), None)
     return found if words.dtype == torch.int32 or found is None else "unknown"
-
-
-def _widths(module: nn.Module) -> tuple[int, int]:
-    """Features in and out; AutoGPTQ spells them otherwise."""
-    if hasattr(module, "infeatures"):
-        return module.infeatures, module.outfeatures
-    return module.in_features, module.out_features
 
 
 def _means_what_it_gives(module: nn.Module, runs: nn.Module, layout: str) -> bool:
@@ -77,7 +70,7 @@ def _means_what_it_gives(module: nn.Module, runs: nn.Module, layout: str) -> boo
         for name in ("qweight", "qzeros", "scales", "g_idx")
         if isinstance(getattr(module, name, None), Tensor)
     }
-    rows, _ = _widths(module)
+    rows, _ = widths_of(module)
     groups = len(tensors["it.scales"])
     tensors.setdefault("it.g_idx", torch.arange(rows) // -(-rows // groups))
     dtype = tensors["it.scales"].dtype

@@ -117,8 +117,12 @@ def test_zero_points_of_zero(tmp_path, enabled, monkeypatch, bits):
     torch.testing.assert_close(packed.T, meant[linear], rtol=1e-2, atol=1e-4)
 
 
-def test_without_the_plugin_the_plain_model_loads(checkpoint):
-    _, out, compensated = checkpoint
+def test_without_the_plugin_the_plain_model_loads(checkpoint, tmp_path):
+    bc_plugin.enable("auto_gptq")
+    model = _quantize(checkpoint[0], flag={**FLAG, "joint": False})
+    compensated, out = logits(model.model), tmp_path / "out"
+    model.save_quantized(out, use_safetensors=True)
+    bc_plugin.disable()
     plain = _load(out)
     assert (logits(plain.model) - compensated).abs().max() > 1e-3
     Compensation.load(out).attach(plain.model)

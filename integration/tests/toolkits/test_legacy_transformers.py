@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, GPTQConfig
 
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation
+from bc_plugin.toolkits.save import write_entry
+from bc_plugin.vectors.sealed import unseal
 
 FLAG = {"positions": 1, "held_out": 0.25}
 CPU = {"": "cpu"}
@@ -98,8 +100,10 @@ def test_a_format_that_auto_gptq_misreads_is_refused(tmp_path, enabled):
     _by_transformers(tiny_checkpoint(tmp_path / "float")).save_pretrained(tmp_path / "out")
     path = tmp_path / "out" / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    settings = unseal(config["quantization_config"])
+    config["quantization_config"] = {**settings, "checkpoint_format": "gptq_v2"}
     path.write_text(json.dumps(config))
+    write_entry(tmp_path / "out", settings["bias_compensation"])  # as if it was saved so
     with pytest.raises(BiasCompensationError, match="gptq_v2"):
         AutoGPTQForCausalLM.from_quantized(str(tmp_path / "out"), device="cpu")
 
