@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ..errors import BiasCompensationError
 from ..vectors.compensation import Compensation
+from ..vectors.sealed import unseal
 from .plan import Plan
 
 TOKENS = 48
@@ -25,12 +29,27 @@ with torch.no_grad():
 """
 
 
+@contextmanager
+def _unsealed(source: Path) -> Iterator[Path]:
+    """The same checkpoint for loaders without the plugin, which need not be enabled here."""
+    with tempfile.TemporaryDirectory() as folder:
+        for file in filter(Path.is_file, source.iterdir()):
+            Path(folder, file.name).symlink_to(file.absolute())
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        if "quantization_config" in config:
+            config["quantization_config"] = unseal(config["quantization_config"])
+            Path(folder, "config.json").unlink()
+            Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield Path(folder)
+
+
 @torch.no_grad()
 def verify(source: Path, exported: Path, whole: Compensation, plan: Plan, device_map: str) -> None:
     """Compare with the plugin, in logits of arbitrary tokens."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source, device_map=device_map).eval()
+    with _unsealed(source) as folder:
+        model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map).eval()
     attached = Compensation.attached_to(model)  # where the patches are enabled
     if attached is not None:
         attached.detach(model)
