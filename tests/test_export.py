@@ -8,7 +8,7 @@ from helpers.language import crudely_quantized, tiny_model, token_batches
 from transformers import AutoModelForCausalLM
 
 import bc_plugin
-from bc_plugin import BiasCompensationError, Compensation
+from bc_plugin import BiasCompensationError
 from bc_plugin.models.architectures import ARCHITECTURES
 
 WHOLE = {
@@ -157,6 +157,5 @@ def test_loading_a_vector_of_other_weights_is_still_refused(tmp_path):
     _compensated(tmp_path / "in")
     _, other = _compensated(tmp_path / "other", seed=3)
     other.save_pretrained(tmp_path / "in")
-    assert Compensation.load(tmp_path / "in").positions == 0
     with pytest.raises(BiasCompensationError, match="digest"):
         bc_plugin.export(tmp_path / "in", tmp_path / "out")

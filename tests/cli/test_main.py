@@ -46,6 +46,7 @@ for name in ("Compensation", "compensate", "enable", "record_float_logits", "ref
 for name in ("transformers", "bc_plugin.refinement.progress"):
     sys.modules[name] = types.ModuleType(name)
 sys.modules["transformers"].GPTQConfig = sys.modules[name].delete_progress = None
+sys.modules[name].about_to_place = None
 for name in ("quantize", "compensate", "refine"):
     sys.modules[f"bc_plugin.cli.{name}"].load_tokenizer = load_tokenizer
 main()

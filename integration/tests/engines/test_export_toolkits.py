@@ -38,8 +38,12 @@ def _compensated(folder, toolkit="transformers", architecture="llama", **setting
 
 
 def _with_plugin(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    Compensation.load(folder).attach(model)
+    bc_plugin.enable("transformers")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    finally:
+        bc_plugin.disable()
+    assert Compensation.attached_to(model) is not None
     return logits(model)
 
 
