@@ -145,6 +145,11 @@ class Compensation(Contents):
         entry, files = read_settings(folder).get(KEY), [folder / FILE]
         if entry is not None:
             files = checkpoint_files(folder)
+            if not files:
+                raise BiasCompensationError(
+                    f"{folder} has a {KEY} entry, but no model.safetensors and no index of several "
+                    "files; the checkpoint is incomplete, download or save it again."
+                )
         elif files[0].is_file():
             entry = read_metadata(files[0]).get(KEY)
             if isinstance(entry, dict) and FILES_DIGEST in entry:
