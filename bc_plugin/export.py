@@ -94,6 +94,7 @@ def _read(folder: Path) -> Compensation:
 
 def _repack(tensors: dict[str, Tensor], config: dict[str, Any], engine: str) -> None:
     """Store packed weights as the engine has kernels for them."""
+    config.pop(KEY, None)
     settings = config.get("quantization_config")
     if settings is None:
         return
