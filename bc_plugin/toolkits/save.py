@@ -80,7 +80,8 @@ def write_entry(folder: Path, entry: dict[str, Any]) -> None:
             continue
         content = read_json(path)
         settings = content.get("quantization_config", content) if name == CONFIG else content
-        content.pop(KEY, None)  # where it stood while the model in memory had no settings
+        if settings is not content:
+            content.pop(KEY, None)  # it stood there while the model in memory had no settings
         sealed = seal({**unseal(settings), KEY: entry})
         settings.clear()
         settings.update(sealed)
