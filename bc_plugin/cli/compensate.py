@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated
 
 import typer
 
 from ..files import check_out, new_folder
 from .arguments import check_loading, float_config, model_config, text_of
-from .inputs import (
-    calibration_data,
-    load_as_stored,
-    load_model,
-    load_tokenizer,
-    pass_settings,
-)
+from .inputs import float_inputs, load_as_stored, pass_settings
 from .options import (
     CalibrationData,
     DeviceMap,
@@ -63,10 +56,9 @@ def compensate(
         from .. import compensate as run
 
         enable("transformers")
-        tokenizer = load_tokenizer("FLOAT", float_model)
-        load = partial(load_model, "FLOAT", float_model, dtype, device_map)
-        calibration = calibration_data(text, tokenizer, length, samples, load)
-        reference = load()
+        tokenizer, calibration, reference = float_inputs(
+            float_model, text, length, samples, dtype, device_map
+        )
         model = load_as_stored("QUANTIZED", quantized, dtype, device_map)
         before = Compensation.attached_to(model)
         if before is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,19 @@ def calibration_data(
     if text is None:
         return sample_from(float_model(), tokenizer, length, samples)
     return windows(text, tokenizer, length, samples)
+
+
+def float_inputs(
+    name: str, text: str | None, length: int, samples: int, dtype: str, device_map: str
+) -> tuple[Any, list[dict[str, Any]], Any]:
+    """The tokenizer of FLOAT, calibration data, and the model itself, which is loaded once.
+
+    Raises:
+        BiasCompensationError: it cannot be loaded; or, before it is, the text is too short.
+    """
+    tokenizer = load_tokenizer("FLOAT", name)
+    load = partial(load_model, "FLOAT", name, dtype, device_map)
+    if text is None:
+        model = load()
+        return tokenizer, calibration_data(None, tokenizer, length, samples, lambda: model), model
+    return tokenizer, calibration_data(text, tokenizer, length, samples, load), load()

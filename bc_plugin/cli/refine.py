@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from ..files import check_out, new_folder
 from ..names import KEY
 from ..refinement.config import RefinementConfig
 from .arguments import check_loading, float_config, model_config, text_of
-from .inputs import calibration_data, load_as_stored, load_model, load_tokenizer
+from .inputs import float_inputs, load_as_stored
 from .options import (
     CalibrationData,
     DeviceMap,
@@ -80,10 +79,9 @@ def refine(
         from ..refinement.progress import about_to_place, delete_progress
 
         enable("transformers")
-        tokenizer = load_tokenizer("FLOAT", float_model)
-        load = partial(load_model, "FLOAT", float_model, dtype, device_map)
-        calibration = calibration_data(text, tokenizer, length, samples, load)
-        reference = load()
+        tokenizer, calibration, reference = float_inputs(
+            float_model, text, length, samples, dtype, device_map
+        )
         if by == "model":  # what it predicts is all that is needed of it
             logits = started / "float_logits"
             reference = record_float_logits(reference, calibration, config, folder=logits)

@@ -47,7 +47,7 @@ for name in ("transformers", "bc_plugin.refinement.progress"):
     sys.modules[name] = types.ModuleType(name)
 sys.modules["transformers"].GPTQConfig = sys.modules[name].delete_progress = None
 sys.modules[name].about_to_place = None
-for name in ("quantize", "compensate", "refine"):
+for name in ("quantize", "inputs"):
     sys.modules[f"bc_plugin.cli.{name}"].load_tokenizer = load_tokenizer
 main()
 """
