@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BiasCompensationError
-from ..models.packed import integers_of, packed_linears
+from ..models.packed import packed_linears, weight_of
 
 
 def dequantize(tensors: dict[str, Tensor], settings: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -30,9 +30,7 @@ def dequantize(tensors: dict[str, Tensor], settings: Mapping[str, Any], dtype: t
             "weights here, as llama.cpp's converter needs them; GPTQ and AWQ (gemm) can."
         )
     for name in packed_linears(tensors):
-        values, zeros, groups = integers_of(tensors, name, settings)
-        scales = tensors[f"{name}.scales"].double()
-        weight = scales[groups] * (values - zeros[groups])
+        weight = weight_of(tensors, name, settings)
         tensors[f"{name}.weight"] = weight.T.to(dtype).contiguous()
         for leaf in ("qweight", "qzeros", "scales", "g_idx"):
             tensors.pop(f"{name}.{leaf}", None)

@@ -44,6 +44,16 @@ def integers_of(
     return unpack(qweight, bits, dim=0), zeros, tensors[f"{name}.g_idx"].long()
 
 
+def weight_of(tensors: Mapping[str, Tensor], name: str, settings: Mapping[str, Any]) -> Tensor:
+    """The weight of a packed linear, ``scale * (q - zero)``, float64 (in_features, out_features).
+
+    Args:
+        tensors, settings: As ``integers_of`` has them.
+    """
+    values, zeros, groups = integers_of(tensors, name, settings)
+    return tensors[f"{name}.scales"].double()[groups] * (values - zeros[groups])
+
+
 def _plus_one(qzeros: Tensor, bits: int) -> Tensor:
     """Zero points that are stored less one."""
     if bits == 3:

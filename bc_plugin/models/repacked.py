@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
 from .modules import copy_of, device_of, widths_of
-from .packed import integers_of
+from .packed import weight_of
 
 REPACKED = (
     "the weights of {} ({}) are not stored any more as a checkpoint stores them: its kernel has "
@@ -50,7 +50,7 @@ def require_as_stored(
 
 def _layout(module: nn.Module) -> str | None:
     """How the words of a linear are laid out; None if like no checkpoint's."""
-    bits = getattr(module, "bits", getattr(module, "w_bit", None))
+    bits = _bits(module)
     # AutoAWQ's other kernels have formats of their own, in files, too.
     if not isinstance(bits, int) or type(module).__name__.startswith("WQLinear_GEMV"):
         return "unknown"
@@ -61,6 +61,10 @@ def _layout(module: nn.Module) -> str | None:
     shapes = {"gptq": (rows * bits // size, columns), "awq": (rows, columns * bits // size)}
     found = next((name for name, shape in shapes.items() if shape == tuple(words.shape)), None)
     return found if words.dtype == torch.int32 or found is None else "unknown"
+
+
+def _bits(module: nn.Module) -> int | None:
+    return getattr(module, "bits", getattr(module, "w_bit", None))
 
 
 def _means_what_it_gives(module: nn.Module, runs: nn.Module, layout: str) -> bool:
@@ -80,13 +84,9 @@ def _means_what_it_gives(module: nn.Module, runs: nn.Module, layout: str) -> boo
         here = inputs.to(device_of(runs))
         forward = type(runs).forward  # not what may stand in its place, vectors for one
         given = (forward(runs, here) - forward(runs, torch.zeros_like(here))).cpu().double()
-    bits = getattr(module, "bits", getattr(module, "w_bit", None))
     for form in ("gptq", "gptq_v2"):
-        settings = {"bits": bits, "quant_method": layout, "format": form}
-        values, zeros, index = integers_of(tensors, "it", settings)
-        scales = tensors["it.scales"].double()
-        weight = scales[index] * (values - zeros[index])
-        wanted = inputs.double() @ weight
+        settings = {"bits": _bits(module), "quant_method": layout, "format": form}
+        wanted = inputs.double() @ weight_of(tensors, "it", settings)
         if float((given - wanted).norm()) <= 0.1 * float(wanted.norm()):
             return True
     return False
