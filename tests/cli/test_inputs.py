@@ -8,6 +8,7 @@ from helpers.language import tiny_model
 
 from bc_plugin import BiasCompensationError
 from bc_plugin.calibration import read_text
+from bc_plugin.cli import inputs
 from bc_plugin.cli.inputs import load_model, load_tokenizer
 
 
@@ -51,3 +52,18 @@ def test_a_hub_that_does_not_answer(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(BiasCompensationError, match="pip install datasets"):
         read_text("wikitext2")
+
+
+@pytest.mark.parametrize("given", ["the text", None])
+def test_the_float_model_is_loaded_once(monkeypatch, given):
+    loaded = []
+    monkeypatch.setattr(inputs, "load_tokenizer", lambda *_: "tokenizer")
+    monkeypatch.setattr(inputs, "load_model", lambda *a: loaded.append(a) or object())
+
+    def data(text, tokenizer, length, samples, float_model):
+        return float_model() if text is None else text
+
+    monkeypatch.setattr(inputs, "calibration_data", data)
+    _, calibration, model = inputs.float_inputs("float", given, 16, 4, "auto", "cpu")
+    assert len(loaded) == 1
+    assert calibration is (model if given is None else given)
