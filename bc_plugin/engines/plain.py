@@ -5,36 +5,32 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import BiasCompensationError
 from ..models.architectures import ALWAYS, Architecture
-from ..names import KEY, SUFFIX
+from ..names import KEY
+from ..vectors.checkpoint import checkpoint_files, other_files, tensors_in
 from ..vectors.compensation import Compensation
 from ..vectors.sealed import unseal
+from ..vectors.settings import CONFIG, SETTINGS
 from .plan import Plan
-
-CONFIGS = ("config.json", "quantize_config.json")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint but the vectors."""
-    files = sorted(folder.glob("model*.safetensors"))
+    files = [f for f in checkpoint_files(folder) if fnmatch(f.name, "model*.safetensors")]
     if not files:
         raise BiasCompensationError(
             f"{folder} holds no model.safetensors, nor shards of one. Save it as safetensors; a "
             "file that AutoGPTQ named otherwise has to be renamed to that, as for transformers."
         )
-    tensors = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    return {key: tensor for key, tensor in tensors.items() if not key.endswith(SUFFIX)}
+    return dict(pair for path in files for pair in tensors_in(path, vectors=False))
 
 
 def dtype_in(config: Mapping[str, Any]) -> torch.dtype:
@@ -92,12 +88,11 @@ def write_checkpoint(
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
-    for file in source.iterdir():
-        weights = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
-        if file.is_file() and not weights and file.name not in CONFIGS:
+    for file in other_files(source):
+        if file.name not in (CONFIG, SETTINGS):
             shutil.copy2(file, folder / file.name)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    own = source / "quantize_config.json"
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    own = source / SETTINGS
     if own.is_file() and "quantization_config" in config:
         settings = unseal(json.loads(own.read_text(encoding="utf-8")))
         settings.pop(KEY, None)

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..names import FILE, KEY, SUFFIX
-from ..vectors.checkpoint import checkpoint_files, tensors_in
+from ..names import KEY, SUFFIX
+from ..vectors.checkpoint import INDEX, SINGLE, checkpoint_files, other_files, tensors_in
 from ..vectors.compensation import Compensation
 from ..vectors.merge import OWN_BIAS
 from ..vectors.settings import read_json
-from .save import INDEX, SINGLE, write_entry
+from .save import write_entry
 
 VECTORS = "model-bias_compensation.safetensors"  # beside a checkpoint of several files
 
@@ -46,10 +46,8 @@ def copy_compensated(source: Path, out: Path, compensation: Compensation, model:
         _write(files[0], out / name, vectors, fitted)
     else:
         _write_several(source, files, out, vectors, fitted)
-    for file in source.iterdir():
-        weights = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
-        if file.is_file() and not weights and file.name != FILE:
-            shutil.copy(file, out / file.name)
+    for file in other_files(source):
+        shutil.copy(file, out / file.name)
     write_entry(out, compensation.entry())
 
 

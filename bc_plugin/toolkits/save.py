@@ -16,14 +16,13 @@ from ..files import written_whole
 from ..models.repacked import require_as_stored
 from ..names import KEY
 from ..vectors.card import write_card
-from ..vectors.checkpoint import bound_to, checkpoint_files, read_vectors
+from ..vectors.checkpoint import INDEX, SINGLE, bound_to, checkpoint_files, read_vectors
 from ..vectors.compensation import Compensation
 from ..vectors.entry import vectors_digest
 from ..vectors.joint import entry_to_save
 from ..vectors.sealed import seal, unseal
 from ..vectors.settings import CONFIG, SETTINGS, read_json
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Stamps = dict[str, tuple[int, int]]
 
 # Toolkits save with each other's functions; what the outermost has written is looked at.

@@ -18,10 +18,11 @@ from ..names import FILE, FILES_DIGEST, KEY, SETTINGS_DIGEST, SUFFIX
 from .fingerprint import fingerprint
 from .settings import read_json, require_settings, settings_digest
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # In the order in which transformers looks for them; toolkits' own names come after these.
 _KNOWN = (
-    "model.safetensors",
-    "model.safetensors.index.json",
+    SINGLE,
+    INDEX,
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
@@ -53,7 +54,7 @@ def checkpoint_files(checkpoint: str | Path) -> list[Path]:
     if len(found) > 1:
         raise BiasCompensationError(
             f"{path} has weights under several names, {found[0].name} and {found[1].name}, so "
-            f"which of them are its own is unknown; leave one, or name it {_KNOWN[0]}."
+            f"which of them are its own is unknown; leave one, or name it {SINGLE}."
         )
     return checkpoint_files(found[0]) if found else []
 
@@ -74,6 +75,14 @@ def _listed(index: Path) -> list[Path]:
                 "again."
             )
     return files
+
+
+def other_files(folder: Path) -> Iterator[Path]:
+    """The files of a checkpoint that hold no weights, vectors included."""
+    for file in folder.iterdir():
+        weights = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
+        if file.is_file() and not weights:
+            yield file
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
