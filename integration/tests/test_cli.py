@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("gptqmodel", reason="needs the gptq extra")
 
-from rig.subjects.tiny import logits, sequences, text, tiny_checkpoint, tiny_tokenizer
+from rig.subjects.tiny import logits, tiny_inputs
 from transformers import AutoModelForCausalLM
 
 import bc_plugin
@@ -34,9 +34,7 @@ def _run(*arguments):
 def folder(tmp_path_factory):
     """A float model with its tokenizer, text, and what ``quantize`` makes of them."""
     folder = tmp_path_factory.mktemp("cli")
-    tiny_checkpoint(folder / "float")
-    tiny_tokenizer().save_pretrained(folder / "float")
-    (folder / "text.txt").write_text("\n".join(text(sequences(12))))
+    tiny_inputs(folder, 12)
     _run(
         *("quantize", folder / "float", folder / "out", "--dataset", folder / "text.txt"),
         *("--bits", 3, "--group-size", 32, "--samples", 8, *DATA),

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("gptqmodel", reason="needs the gptq extra")
 
 from helpers.killed import KILLED, in_a_new_process, kill_at
-from rig.subjects.tiny import sequences, text, tiny_checkpoint, tiny_tokenizer
+from rig.subjects.tiny import tiny_inputs
 from typer.testing import CliRunner
 
 import bc_plugin
@@ -72,9 +72,7 @@ def contents(folder):
 def folder(tmp_path_factory):
     """A float model, text, and a checkpoint of 4 bits that was compensated with them."""
     folder = tmp_path_factory.mktemp("killed")
-    tiny_checkpoint(folder / "float")
-    tiny_tokenizer().save_pretrained(folder / "float")
-    (folder / "text.txt").write_text("\n".join(text(sequences(16))))
+    tiny_inputs(folder, 16)
     arguments = ("quantize", folder / "float", folder / "compensated", "--bits", 4)
     data = ("--dataset", folder / "text.txt", "--samples", 8, "--length", 24)
     group = ("--group-size", 32)

@@ -75,6 +75,13 @@ def text(batches):
     return [" ".join(f"w{token}" for token in batch["input_ids"][0]) for batch in batches]
 
 
+def tiny_inputs(folder, count):
+    """What the command line needs: ``float`` with its tokenizer, and ``text.txt``."""
+    tiny_checkpoint(folder / "float")
+    tiny_tokenizer().save_pretrained(folder / "float")
+    (folder / "text.txt").write_text("\n".join(text(sequences(count))))
+
+
 @torch.no_grad()
 def logits(model, seed=7):
     """Logits on a fixed sequence."""

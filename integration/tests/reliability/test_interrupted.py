@@ -10,7 +10,7 @@ from helpers.reliability.counts import count
 pytest.importorskip("gptqmodel", reason="needs the gptq extra")
 
 from rig import interrupted
-from rig.subjects.tiny import sequences, text, tiny_checkpoint, tiny_tokenizer
+from rig.subjects.tiny import tiny_inputs
 
 MOMENTS = 20
 DATA = ("--dataset", "{inputs}/text.txt", "--samples", 4, "--length", 24)
@@ -49,9 +49,7 @@ def _arguments(command, inputs, out):
 def inputs(tmp_path_factory):
     """A float model with its tokenizer, text, and quantized checkpoints of it."""
     folder = tmp_path_factory.mktemp("inputs")
-    tiny_checkpoint(folder / "float")
-    tiny_tokenizer().save_pretrained(folder / "float")
-    (folder / "text.txt").write_text("\n".join(text(sequences(12))))
+    tiny_inputs(folder, 12)
     for name, positions in (("quantized", 1), ("plain", 0)):
         arguments = _arguments("quantize", folder, folder / name)
         interrupted.run([*arguments, "--positions", positions], folder)
