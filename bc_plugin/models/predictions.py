@@ -24,3 +24,9 @@ def predicted_tokens(batch: Mapping[str, torch.Tensor]) -> Tensor:
     ids = batch["input_ids"]
     mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
     return mask[:, 1:] & mask[:, :-1]
+
+
+def predicting_rows(batch: Mapping[str, torch.Tensor]) -> Tensor:
+    """Rows of flattened logits that predict a token that counts, int64 (tokens,)."""
+    counts = functional.pad(predicted_tokens(batch), (0, 1))  # the last one predicts none
+    return counts.flatten().nonzero().squeeze(-1)

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from ..models.blocks import find_blocks
 from ..models.calls import twin_of
-from ..models.modules import dtype_of
-from ..models.predictions import next_token_log_probabilities
+from ..models.modules import device_of, dtype_of
+from ..models.predictions import predicting_rows
 from ..models.tracker import PositionTracker, Tracking
 from ..vectors.compensation import Compensation
 from .config import RefinementConfig
@@ -63,10 +63,12 @@ def train_by_model(
             fixed=fixed if "vectors" in config.train else compensation.vectors,
         )
         sites |= stack.enter_context(vectors)
+        device = device_of(twin)
 
         def loss(number: int) -> tuple[Tensor, int]:
-            log_q = next_token_log_probabilities(twin, data.batches[number])
-            return logits.divergence(number, log_q) / len(log_q), len(log_q)
+            batch = {key: value.to(device) for key, value in data.batches[number].items()}
+            rows = predicting_rows(batch)
+            return logits.divergence(number, twin(**batch).logits, rows) / len(rows), len(rows)
 
         training = Training(sites, loss, data.fitted, data.apart, config, progress, "model")
         with tqdm(total=config.steps, desc="Refining") as bar:

@@ -17,6 +17,7 @@ from ..errors import BiasCompensationError
 from ..models.predictions import next_token_log_probabilities
 from .checksums import checksum, model_checksum
 from .disk import reading, written_to
+from .divergence import Divergence
 from .embeddings import embeddings_sample
 
 FORMAT = "3"  # of the files; those of before are written anew
@@ -129,30 +130,19 @@ class FloatLogits:
         with self._reading(number), safe_open(self._path(number), "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def divergence(self, number: int, log_q: Tensor) -> Tensor:
+    def divergence(self, number: int, logits: Tensor, rows: Tensor) -> Tensor:
         """KL divergence from the float model's distributions, in nats, summed over tokens.
 
         Args:
             number: The batch's place among those recorded.
-            log_q: The other model's log-probabilities, (tokens, vocabulary).
+            logits: The other model's, (batch, length, vocabulary).
+            rows: Of the flattened logits, those that count, int64 (tokens,).
         """
         tensors = self._read(number)
-        log_p = tensors["log_p"].to(log_q.device)
-        index = tensors["index"].to(log_q.device).long()
-        chosen = log_q.gather(-1, index)
-        divergence = (log_p.exp() * (log_p - chosen)).sum()
-        if index.shape[-1] < log_q.shape[-1]:
-            rest_p, rest_q = _log_rest(log_p), _log_rest(chosen)
-            divergence = divergence + (rest_p.exp() * (rest_p - rest_q)).sum()
-        return divergence
+        log_p, index = tensors["log_p"].to(logits.device), tensors["index"].to(logits.device)
+        return Divergence.apply(logits, rows.to(logits.device), log_p, index.long())
 
 
 def _origin(batch: Mapping[str, Any], top_k: int | None) -> dict[str, str]:
     """What predictions are for, as a file's metadata has it."""
     return {"format_version": FORMAT, "batch": checksum(batch), "top_k": str(top_k)}
-
-
-def _log_rest(log_p: Tensor) -> Tensor:
-    """Log of the mass that is not among ``log_p``."""
-    tiny = torch.finfo(torch.float32).eps
-    return torch.log1p(-log_p.exp().sum(-1).clamp(max=1 - tiny))

@@ -68,24 +68,35 @@ class Offset(Trained):
 
 
 class ScaledProduct(torch.autograd.Function):
-    """Inputs times a weight that is made of integers and scales when it is needed, and not kept."""
+    """Inputs times a weight that is made of integers and scales when it is needed, and not kept.
+
+    ``groups`` are None where they are of one size, and in the order of the inputs.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, scales: Tensor, integers: Tensor, groups: Tensor
+        ctx: Any, inputs: Tensor, scales: Tensor, integers: Tensor, groups: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(inputs, scales, integers, groups)
-        return functional.linear(inputs, (integers * scales[:, groups]).to(inputs.dtype))
+        return functional.linear(inputs, _weight(scales, integers, groups).to(inputs.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         inputs, scales, integers, groups = ctx.saved_tensors
-        weight = (integers * scales[:, groups]).to(gradient.dtype)
+        weight = _weight(scales, integers, groups).to(gradient.dtype)
         flat = inputs.flatten(0, -2).to(gradient.dtype)
-        by_weight = (gradient.flatten(0, -2).T @ flat).to(scales.dtype)
-        members = functional.one_hot(groups, scales.shape[1]).to(scales.dtype)
-        by_scale = by_weight.mul_(integers) @ members
+        by_weight = (gradient.flatten(0, -2).T @ flat).to(scales.dtype).mul_(integers)
+        if groups is None:
+            by_scale = by_weight.view(*scales.shape, -1).sum(-1)
+        else:
+            by_scale = by_weight @ functional.one_hot(groups, scales.shape[1]).to(scales.dtype)
         return (gradient @ weight).to(inputs.dtype), by_scale, None, None
+
+
+def _weight(scales: Tensor, integers: Tensor, groups: Tensor | None) -> Tensor:
+    if groups is not None:
+        return integers * scales[:, groups]
+    return (integers.view(*scales.shape, -1) * scales[..., None]).view(integers.shape)
 
 
 class ScaledForward(ReplacedForward):
@@ -99,7 +110,10 @@ class ScaledForward(ReplacedForward):
     def __init__(self, module: nn.Module, weight: IntegerWeight) -> None:
         super().__init__(module)
         device = device_of(module)
-        self.integers, self.groups = weight.integers.to(device), weight.groups.to(device)
+        self.integers, groups = weight.integers.to(device), weight.groups
+        size, rest = divmod(len(groups), weight.stored.shape[1])
+        regular = torch.arange(len(groups), device=groups.device) // max(size, 1)
+        self.groups = None if not rest and torch.equal(groups, regular) else groups.to(device)
         self.scales = Factor(weight.scales, "scales", device)
 
     def run(self, module: nn.Module, inputs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the comparison measures: all variants of a model at one width, on one choice of data."""
+"""One model at one width, on one choice of data: what the comparison's variants share."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import time
-import traceback
-from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
@@ -20,24 +20,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bc_plugin
 from bc_plugin import Compensation, FloatLogits, RefinementConfig
-from bc_plugin.calibration.sample import sample_from
 
 FOLDER = CACHE / "comparison"
 GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 64, 32, 512, 12
 # What is trained sees more text than what is computed: 64 steps of 2,048 tokens, each seen twice.
 REFINED_SAMPLES, STEPS = 128, 64
-REFINEMENT = {"steps": STEPS, "mixed_precision": "bf16", "evaluate_every": 16, "held_out": 1 / 32}
-RANK = 32
-CONFIGS = {
-    "linear": {"positions": 0, "sites": ["linear"]},
-    "BC 0": {"positions": 0},
-    "BC 1": {"positions": 1},
-    "all": {"positions": "all", "max_tokens": None},
-}
+REFINEMENT = {"steps": STEPS, "evaluate_every": 16, "held_out": 1 / 32}
 
 
 class Part:
-    """All variants at one width, with one choice of calibration data."""
+    """What is measured is kept in ``found``, and checkpoints beside it, for a later run.
+
+    Args:
+        bits: The width of the integers.
+        seed: Of the choice of calibration sequences.
+    """
 
     def __init__(self, bits: int, seed: int) -> None:
         self.bits, self.seed = bits, seed
@@ -52,71 +49,60 @@ class Part:
         self.path = self.folder / "found.json"
         self.found = json.loads(self.path.read_text()) if self.path.exists() else {}
 
-    def run(self) -> None:
-        """Measure what is missing."""
-        if "float" not in self.found:
-            self.measure("float", self.reference, 0.0)
-        self.plain = self.quantized("plain", None)
-        if "none" not in self.found:
-            self.measure("none", self.load("plain"), 0.0)
-        for variant, config in CONFIGS.items():
-            if variant not in self.found:
-                self.compensated(variant, self.calibration, config)
-        if "self" not in self.found:
-            start = time.perf_counter()
-            own = sample_from(self.reference, self.tokenizer, LENGTH, SAMPLES, self.seed)
-            self.compensated("self", own, CONFIGS["BC 1"], time.perf_counter() - start)
-        for positions in (1, 0):
-            variant = f"joint {positions}"
-            if variant not in self.found:
-                seconds = self.quantized(variant, {"positions": positions})
-                self.measure(variant, self.load(variant), seconds - self.plain)
-            if f"refined {positions}" not in self.found:
-                self.refined(f"refined {positions}", variant, {})
-        if "block 1" not in self.found:
-            self.refined("block 1", "joint 1", {"by": "block", "steps": 16})
-        for variant, peer in (("gptaq", self.gptaq), ("eora", self.eora)):
-            if variant not in self.found:
-                self.attempt(variant, peer)
-
-    def quantized(self, name: str, flag, **changes) -> float:
+    def quantized(self, name: str, flag: Any = None, **changes: Any) -> float:
         """Quantize with gptqmodel and save, unless that was done before; returns the seconds."""
         pipeline = PIPELINES["gptqmodel"]
-        folder = self.folder / name.replace(" ", "-")
+
+        def quantize(folder: Path) -> None:
+            torch.manual_seed(0)
+            settings = {"bits": self.bits, "group_size": GROUP_SIZE, **pipeline.settings, **changes}
+            qmodel = pipeline.quantize(str(self.source), self.calibration, flag, settings)
+            pipeline.save(qmodel, folder)
+
+        return self.made(name, quantize)
+
+    def made(self, name: str, make: Any) -> float:
+        """Have ``make`` write a checkpoint, unless it is there; returns the seconds it took."""
+        folder = self.folder / name
         record = folder / "seconds.json"
         if not record.exists():
             shutil.rmtree(folder, ignore_errors=True)
-            torch.manual_seed(0)
-            settings = {"bits": self.bits, "group_size": GROUP_SIZE, **pipeline.settings, **changes}
             start = time.perf_counter()
-            qmodel = pipeline.quantize(str(self.source), self.calibration, flag, settings)
-            seconds = time.perf_counter() - start
-            pipeline.save(qmodel, folder)
-            record.write_text(json.dumps(seconds))
+            make(folder)
+            record.write_text(json.dumps(time.perf_counter() - start))
         return json.loads(record.read_text())
 
-    def load(self, name: str):
+    def load(self, name: str) -> torch.nn.Module:
         """A saved model."""
-        return AutoModelForCausalLM.from_pretrained(self.folder / name.replace(" ", "-")).eval()
+        return AutoModelForCausalLM.from_pretrained(self.folder / name).eval()
 
-    def compensated(self, variant: str, calibration, config, before: float = 0.0) -> None:
-        """Compute vectors for plain GPTQ's weights."""
-        model = self.load("plain")
+    def compensated(
+        self, variant: str, start: str, config: dict, calibration: list | None = None
+    ) -> None:
+        """Compute vectors for a checkpoint's weights, in place of those it has, and save it."""
+        model = self.load(start)
+        attached = Compensation.attached_to(model)
+        if attached is not None:
+            attached.detach(model)
+        calibration = self.calibration if calibration is None else calibration
         compensation = bc_plugin.compensate(model, self.reference, calibration, config)
         compensation.attach(model)
-        self.measure(variant, model, before + compensation.seconds)
+        self.made(variant, model.save_pretrained)
+        self.measure(variant, model, compensation.seconds)
 
-    def refined(self, variant: str, start_from: str, settings) -> None:
-        """Train the vectors of a model that was quantized jointly with them."""
-        model = self.load(start_from)
+    def refined(self, variant: str, start: str, settings: dict) -> None:
+        """Train a model that ``compensated`` saved."""
+        model = self.load(start)
         config = RefinementConfig(**{**REFINEMENT, **settings})
         reference, seconds = self.reference, 0.0
         if config.by == "model":
             reference, seconds = self.float_logits(config)
-        start = time.perf_counter()
-        bc_plugin.refine(model, reference, self.more, config)
-        seconds += time.perf_counter() - start
-        self.measure(variant, model, self.found[start_from]["seconds"] + seconds)
+        begin = time.perf_counter()
+        found = bc_plugin.refine(model, reference, self.more, config)
+        seconds += time.perf_counter() - begin
+        self.made(variant, model.save_pretrained)
+        self.measure(variant, model, seconds)
+        self.keep(variant, {**self.found[variant], "refined": found.refined})
 
     def float_logits(self, config: RefinementConfig) -> tuple[FloatLogits, float]:
         """What the float model predicts, and the seconds it took to record that."""
@@ -128,55 +114,21 @@ class Part:
             record.write_text(json.dumps(time.perf_counter() - start))
         return found, json.loads(record.read_text())
 
-    def attempt(self, variant: str, peer: Callable[[], None]) -> None:
-        """What does not run here is said in the table."""
-        try:
-            peer()
-        except Exception as error:
-            traceback.print_exc()
-            self.keep(variant, {"error": f"{type(error).__name__}: {error}"})
-
-    def gptaq(self) -> None:
-        from gptqmodel.quantization.config import GPTAQConfig
-
-        seconds = self.quantized("gptaq", None, gptaq=GPTAQConfig(device="cpu"))
-        self.measure("gptaq", self.load("gptaq"), seconds - self.plain)
-
-    def eora(self) -> None:
-        from gptqmodel import GPTQModel
-        from gptqmodel.adapter.adapter import Lora
-
-        folder = self.folder / "eora"
-        start = time.perf_counter()
-        GPTQModel.adapter.generate(
-            adapter=Lora(rank=RANK, path=str(folder)),
-            model_id_or_path=str(self.source),
-            quantized_model_id_or_path=str(self.folder / "plain"),
-            calibration_dataset=self.calibration,
-            device="cpu",
-        )
-        seconds = time.perf_counter() - start
-        adapter = Lora(rank=RANK, path=str(folder))
-        model = GPTQModel.load(str(self.folder / "plain"), adapter=adapter, device="cpu").model
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        added = sum(RANK * (m.in_features + m.out_features) for m in self.linears())
-        self.measure("eora", model, seconds, size, added)
-
-    def norm(self) -> None:
-        """Norm tuning with the refinement's budget; in an environment with gptqmodel 7.7."""
-        from gptqmodel import BACKEND, GPTQModel, NormConfig
-
-        start = time.perf_counter()
-        qmodel = GPTQModel.load(str(self.folder / "plain"), backend=BACKEND.TORCH, device="cpu")
-        norm = NormConfig(teacher=self.reference, steps=STEPS)
-        with torch.autocast("cpu", torch.bfloat16):  # as the refinement has it
-            qmodel.requantize(calibration=self.more, norm=norm, batch_size=4)
-        self.measure("norm", qmodel.model, time.perf_counter() - start)
-
     def measure(
-        self, variant: str, model, seconds: float, size: int | None = None, added: int | None = None
+        self,
+        variant: str,
+        model: torch.nn.Module,
+        seconds: float,
+        size: int = 0,
+        added: int = 0,
     ) -> None:
-        """Evaluate a variant; its vectors, if it has any, tell what it costs."""
+        """Evaluate a variant.
+
+        Args:
+            seconds: What its own step took, without what it starts from.
+            size, added: Bytes and operations per token beyond the quantized model's, if they are
+                not its vectors'.
+        """
         reference = None if model is self.reference else self.reference
         compensation = Compensation.attached_to(model)
         if compensation is not None:
@@ -184,8 +136,7 @@ class Part:
             added = sum(v.shape[-1] for v in compensation.vectors.values())
         products = sum(m.in_features * m.out_features for m in self.linears())
         found = bc_plugin.evaluate(model, self.batches, reference).to_dict()
-        costs = {"bytes": size or 0, "seconds": seconds, "work": (added or 0) / products}
-        self.keep(variant, {**found, **costs})
+        self.keep(variant, {**found, "bytes": size, "seconds": seconds, "work": added / products})
 
     def linears(self) -> list[torch.nn.Linear]:
         """Those that are quantized."""
@@ -193,5 +144,6 @@ class Part:
         return [m for m in blocks.modules() if isinstance(m, torch.nn.Linear)]
 
     def keep(self, variant: str, result: dict) -> None:
+        """Write what was found of a variant."""
         self.found[variant] = result
         self.path.write_text(json.dumps(self.found))

@@ -9,7 +9,7 @@ from helpers.refinement import CALIBRATION, SETTINGS, compensated, refine
 
 import bc_plugin
 from bc_plugin import BiasCompensationError, FloatLogits, RefinementConfig
-from bc_plugin.models.predictions import next_token_log_probabilities
+from bc_plugin.models.predictions import predicting_rows
 
 
 def test_the_largest_values_and_the_rest_as_one(tmp_path):
@@ -26,10 +26,16 @@ def test_the_largest_values_and_the_rest_as_one(tmp_path):
         top = p.gather(-1, index)
         return torch.cat([top, 1 - top.sum(-1, keepdim=True)], -1)
 
-    p, q = grouped(log_p), grouped(log_q)
+    log_q.requires_grad_()
+    p, q = grouped(log_p), grouped(log_q.log_softmax(-1))
     expected = (p * (p / q).log()).sum()
+    (by_hand,) = torch.autograd.grad(expected, log_q)
     whole = (log_p.exp() * (log_p - log_q)).sum()
-    found = targets.divergence(0, log_q.float()).item()
+    logits = (log_q.detach().float()[None] + 3.0).requires_grad_()  # of softmax, the same
+    divergence = targets.divergence(0, logits, torch.arange(len(log_q)))
+    (gradient,) = torch.autograd.grad(2 * divergence, logits)
+    torch.testing.assert_close(gradient[0], 2 * by_hand.float(), rtol=1e-3, atol=1e-6)
+    found = divergence.item()
     assert found == pytest.approx(expected.item(), rel=1e-4)
     assert found < whole.item()
 
@@ -40,10 +46,12 @@ def test_padding_is_not_counted(tmp_path):
     batch["attention_mask"][1, 10:] = 0
     targets = FloatLogits.record(model, [batch], tmp_path, top_k=None)
     with torch.no_grad():
-        log_q = next_token_log_probabilities(quantized, batch)
-    assert len(log_q) == 15 + 9
+        logits = quantized(**batch).logits
+    rows = predicting_rows(batch)
+    assert len(rows) == 15 + 9
     expected = bc_plugin.evaluate(quantized, [batch], model).kl
-    assert targets.divergence(0, log_q).item() / len(log_q) == pytest.approx(expected, rel=1e-4)
+    found = targets.divergence(0, logits, rows).item() / len(rows)
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_both_models_need_not_be_there_together(tmp_path):
