@@ -12,7 +12,7 @@ from torch import nn
 from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
 from ..models.blocks import Blocks
-from ..models.calls import BlockCalls
+from ..models.calls import Batch, BlockCalls
 from ..models.modules import device_of
 from ..models.record import record_calls
 from ..models.stream_check import check_stream
@@ -34,6 +34,14 @@ def _told() -> Iterator[None]:
             f"{error}); expected items that it can be called with, tensors of the shapes that it "
             "takes."
         ) from error
+
+
+def _first_sequence(batch: Batch) -> Batch:
+    """One sequence of a batch, which tells as much as all; the batch, if it cannot be divided."""
+    if isinstance(batch, torch.Tensor):
+        return batch[:1]
+    sizes = {len(v) if isinstance(v, torch.Tensor) and v.dim() else 0 for v in batch.values()}
+    return {key: value[:1] for key, value in batch.items()} if len(sizes) == 1 else batch
 
 
 def prepare_stream(
@@ -61,7 +69,7 @@ def prepare_stream(
     device = device_of(model)
     with _told():
         if checked:
-            check_stream(model, blocks, fitted[0])
+            check_stream(model, blocks, _first_sequence(fitted[0]))
         stream = list(record_calls(model, blocks, fitted, device))
     longest = max(int(calls.index.max()) + 1 for calls in stream)
     if config.positions != "all" and longest <= config.positions:

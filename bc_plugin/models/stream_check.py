@@ -19,7 +19,7 @@ from .record import record_calls
 def check_stream(model: nn.Module, blocks: Blocks, batch: Batch) -> None:
     """Run the blocks of a float model as compensation does, and compare with the model itself.
 
-    It needs memory for one batch, and the time of two forward passes over it.
+    It takes two forward passes over the batch.
 
     Raises:
         BiasCompensationError: the last block gives something else, or a block runs more than once.

@@ -55,7 +55,9 @@ class Part:
 
         def quantize(folder: Path) -> None:
             torch.manual_seed(0)
-            settings = {"bits": self.bits, "group_size": GROUP_SIZE, **pipeline.settings, **changes}
+            # Processors without bfloat16 take many times as long in gptqmodel's own choice.
+            settings = {"bits": self.bits, "group_size": GROUP_SIZE, "dtype": torch.float32}
+            settings |= {**pipeline.settings, **changes}
             qmodel = pipeline.quantize(str(self.source), self.calibration, flag, settings)
             pipeline.save(qmodel, folder)
 
