@@ -108,8 +108,10 @@ benchmark-toolkits: setup setup-legacy
 benchmark-serving: setup setup-vllm
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/serving.py
 
-# About four hours on two cores for both widths and both seeds; ARGS="--bits 3 --seed 0" is one part.
+# Many hours on two cores as a whole; ARGS="--bits 3 --seed 0 --only gptq joint-1" is a part, and what
+# was measured before is not measured again. AutoRound is one of the rows.
 benchmark-comparison: setup
+	$(BIN)/pip install --quiet --no-deps auto-round==0.16.1 py-cpuinfo==9.0.0
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/comparison.py $(ARGS)
 
 # About an hour on two busy cores, nearly half of it training that is kept.

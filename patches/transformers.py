@@ -18,6 +18,7 @@ from bc_plugin.toolkits.load import (
     files_read,
     fit_to,
     read_compensation,
+    reading_config,
     reading_weights,
 )
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
@@ -102,6 +103,11 @@ def _revert_names(wrapped, instance, args, kwargs):
 
 
 # Loading
+
+
+def _read_config(wrapped, cls, args, kwargs):
+    with reading_config(argument("pretrained_model_name_or_path", 0, args, kwargs)):
+        return wrapped(*args, **kwargs)
 
 
 def _resolve_files(wrapped, instance, args, kwargs):
@@ -205,6 +211,11 @@ TRANSFORMERS = Toolkit(
         ),
     ),
     loading=(
+        Patch(
+            "transformers.configuration_utils:PretrainedConfig.get_config_dict",
+            _read_config,
+            ("pretrained_model_name_or_path",),
+        ),
         Patch(f"{MODEL}.from_pretrained", _from_pretrained),
         Patch(f"{MODEL}._load_pretrained_model", _load_plain, ("model", "checkpoint_files")),
         Patch("transformers.modeling_utils:_get_resolved_checkpoint_files", _resolve_files),

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
 from ..marks import mark, unmark
@@ -21,7 +21,7 @@ from ..vectors.checkpoint import (
 )
 from ..vectors.compensation import Compensation
 from ..vectors.joint import note_saved_without, saved_without
-from ..vectors.settings import read_settings
+from ..vectors.settings import CONFIG, read_json, read_settings
 from ..vectors.weights import keep_weights
 
 R = TypeVar("R")
@@ -98,6 +98,35 @@ def reading_weights(checkpoint: str | Path) -> Iterator[None]:
             f"the weights in {checkpoint} ({names}) cannot be found or read: {error}; download or "
             "save the checkpoint again."
         ) from error
+
+
+@contextmanager
+def reading_config(checkpoint: str | Path) -> Iterator[None]:
+    """While it lasts a loader reads a checkpoint's config; where it is ours, errors say so.
+
+    Args:
+        checkpoint: Its folder, or a name on the hub, which has none.
+    """
+    try:
+        yield
+    except Exception as error:
+        path = Path(checkpoint, CONFIG)
+        if not path.is_file() or not _vectors_if_readable(path.parent):
+            raise
+        if isinstance(read_json(path), dict):
+            raise
+        raise BiasCompensationError(
+            f"{path} holds no JSON object; download or save the checkpoint again."
+        ) from error
+
+
+def _vectors_if_readable(checkpoint: Path) -> dict[str, Tensor]:
+    """The vectors in a checkpoint that may be none of ours, whatever else is wrong with it."""
+    try:  # only safetensors files can be looked into without reading all of them
+        files = checkpoint_files(checkpoint)
+        return read_vectors(file for file in files if file.suffix == ".safetensors")
+    except BiasCompensationError:
+        return {}
 
 
 def load_if_any(checkpoint: str | Path) -> Compensation | None:

@@ -20,11 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bc_plugin
 from bc_plugin import Compensation, FloatLogits, RefinementConfig
+from bc_plugin.calibration.batches import rebatch
 
 FOLDER = CACHE / "comparison"
 GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 64, 32, 512, 12
 # What is trained sees more text than what is computed: 64 steps of 2,048 tokens, each seen twice.
 REFINED_SAMPLES, STEPS = 128, 64
+TOGETHER = 4  # sequences in a batch, so that kernels unpack their weights less often
 REFINEMENT = {"steps": STEPS, "evaluate_every": 16, "held_out": 1 / 32}
 
 
@@ -44,7 +46,9 @@ class Part:
         self.tokenizer = AutoTokenizer.from_pretrained(self.source)
         self.calibration = real.calibration_windows(self.tokenizer, LENGTH, SAMPLES, seed)
         self.more = real.calibration_windows(self.tokenizer, LENGTH, REFINED_SAMPLES, seed)
-        self.batches = real.held_out_windows(self.tokenizer, LENGTH, EVALUATED)
+        self.batches = rebatch(
+            real.held_out_windows(self.tokenizer, LENGTH, EVALUATED), TOGETHER * LENGTH
+        )
         self.reference = AutoModelForCausalLM.from_pretrained(self.source).eval()
         self.path = self.folder / "found.json"
         self.found = json.loads(self.path.read_text()) if self.path.exists() else {}
