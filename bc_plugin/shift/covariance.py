@@ -12,6 +12,7 @@ from ..errors import BiasCompensationError
 from ..models.calls import BlockCalls
 from ..models.modules import device_of, dtype_of, gives_features
 from ..models.positions import site_index, vector_rows
+from ..models.rows import sums
 from .rescaling import Rescaling
 
 
@@ -36,11 +37,11 @@ class InputCovariance:
         inputs = inputs - self.estimate
         part = int(apart)
         self.counts[part] += len(inputs)
-        for sums, new in (
-            (self.totals, inputs.sum(0, dtype=torch.float64)),
+        for kept, new in (
+            (self.totals, sums(inputs)),
             (self.products, (inputs.T @ inputs).double()),
         ):
-            sums[part] = new if sums[part] is None else sums[part].add_(new)
+            kept[part] = new if kept[part] is None else kept[part].add_(new)
 
     def fitted(self) -> Tensor:
         """Of the tokens to fit to, float64 (in_features, in_features)."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..errors import BiasCompensationError
 from ..models.calls import BlockCalls
 from ..models.positions import site_index, vector_rows
+from ..models.rows import sums_by_row
 from .agreement import BLOCK, EACH, LINEAR, Agreement
 
 
@@ -131,17 +132,8 @@ class ShiftStatistics:
         shift = output.to(wide) - reference
         if keep is not None:
             shift, rows = shift[keep], rows[keep]
-        if self.total is None:
-            shape = (self.positions + 1, shift.shape[-1])
-            self.total = torch.zeros(shape, dtype=torch.float64, device=shift.device)
-        everything = shift.sum(0, dtype=torch.float64)
-        leading = (rows < self.positions).nonzero().squeeze(1)
-        if len(leading):
-            apart = torch.zeros_like(self.total)
-            apart.index_add_(0, rows[leading], shift[leading].double())
-            self.total += apart
-            everything = everything - apart.sum(0)
-        self.total[-1] += everything
+        found = sums_by_row(shift, rows, self.positions)
+        self.total = found if self.total is None else self.total + found
         self.count += torch.bincount(rows, minlength=self.positions + 1).cpu()
         flat = shift.flatten()
         self.squares += torch.dot(flat, flat).item()
