@@ -40,6 +40,18 @@ def test_a_model_without_quantization_config(tmp_path, model, shards):
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
 
 
+@pytest.mark.parametrize("content", ["null", "3"])
+def test_a_config_that_is_no_object_is_told_where_there_are_vectors(tmp_path, model, content):
+    model.save_pretrained(tmp_path / "ours")
+    tiny_model().save_pretrained(tmp_path / "plain")
+    for folder in ("ours", "plain"):
+        (tmp_path / folder / "config.json").write_text(content)
+    with pytest.raises(BiasCompensationError, match="ours/config.json holds no JSON object"):
+        load(tmp_path / "ours")
+    with pytest.raises(TypeError):  # transformers' own
+        load(tmp_path / "plain")
+
+
 def test_detached_is_saved_without(tmp_path, model):
     Compensation.attached_to(model).detach(model)
     model.save_pretrained(tmp_path)
