@@ -5,6 +5,7 @@ LEGACY ?= .venv-legacy
 VLLM ?= .venv-vllm
 LLAMA_CPP ?= .llama-cpp
 DIST ?= .venv-dist
+JOBS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: setup setup-legacy setup-vllm setup-llama-cpp demo test test-current test-legacy \
@@ -70,8 +71,9 @@ test: test-legacy test-current
 test-legacy: setup-legacy
 	$(LEGACY)/bin/python -m pytest integration/tests
 
+# Models are tiny, so several processes of one thread are faster than one process of several.
 test-current: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 # Every damaged, mismatched, stale and interrupted input, of which `make test` has a sample.
 test-reliability: setup
