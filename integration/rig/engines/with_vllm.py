@@ -12,24 +12,63 @@ from rig.folders import REPOSITORY
 
 VLLM = Path(os.environ.get("BC_PLUGIN_VLLM_PYTHON", REPOSITORY / ".venv-vllm" / "bin" / "python"))
 WORKER = Path(__file__).with_name("vllm_worker.py")
+KERNELS = Path(__file__).with_name("kernels")  # what vLLM lacks on some CPUs
+
+
+def run_vllm(
+    model: Path,
+    prompts: list[list[int]],
+    folder: Path,
+    *,
+    continued: int = 0,
+    timed: int = 0,
+    environment: dict[str, str] | None = None,
+    **engine: Any,
+) -> dict[str, Any]:
+    """What vLLM gives the tokens of each prompt, after their first, and whatever else is asked.
+
+    Args:
+        model: The checkpoint.
+        prompts: Token ids, a list per prompt.
+        folder: Where files are exchanged, and where compiled code is kept.
+        continued, timed: See the worker.
+        environment: Variables beside this process's own.
+        engine: Arguments of vLLM's ``LLM``.
+
+    Raises:
+        VLLMError: it stopped with an error.
+    """
+    asked = {"prompts": prompts, "continued": continued, "timed": timed, "engine": engine}
+    (folder / "asked.json").write_text(json.dumps(asked))
+    command = [VLLM, WORKER, model, folder / "asked.json", folder / "found.json"]
+    workers = engine.get("tensor_parallel_size", 1)
+    process = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**surroundings(folder, workers), **(environment or {})},
+    )
+    (folder / "vllm.log").write_text(process.stdout)
+    if process.returncode:
+        raise VLLMError(process.stdout)
+    return json.loads((folder / "found.json").read_text())
+
+
+class VLLMError(RuntimeError):
+    """vLLM stopped; the message is its whole log."""
+
+
+def surroundings(folder: Path, workers: int = 1) -> dict[str, str]:
+    """The environment that vLLM runs in."""
+    cores = {} if workers == 1 else {"VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:workers])}
+    own = {key: value for key, value in os.environ.items() if key != "TORCHDYNAMO_DISABLE"}
+    files = {"VLLM_CACHE_ROOT": str(folder / "vllm-cache"), "PYTHONPATH": str(KERNELS)}
+    return {**own, **files, **cores}
 
 
 def log_probabilities(
-    model: Path, ids: list[list[int]], folder: Path, **options: int
-) -> dict[str, Any]:
-    """What vLLM gives the tokens of each prompt, after their first; and what the worker adds.
-
-    Args:
-        model: The exported checkpoint.
-        ids: Token ids, a list per prompt.
-        folder: Where files are exchanged.
-        options: The worker's own.
-    """
-    (folder / "ids.json").write_text(json.dumps(ids))
-    command = [VLLM, WORKER, model, folder / "ids.json", folder / "found.json"]
-    for name, value in options.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    workers = options.get("tensor_parallel_size", 1)
-    cores = {} if workers == 1 else {"VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:workers])}
-    subprocess.run(command, check=True, env={**os.environ, **cores})
-    return json.loads((folder / "found.json").read_text())
+    model: Path, prompts: list[list[int]], folder: Path, **options: Any
+) -> list[list[float]]:
+    """``run_vllm``, the log-probabilities of the prompts alone."""
+    return run_vllm(model, prompts, folder, **options)["log_probabilities"]
