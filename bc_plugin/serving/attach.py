@@ -13,7 +13,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from ..errors import BiasCompensationError
 from ..models.modules import device_of
 from ..names import KEY
-from .loading import folder_of, read_compensation
+from .files import folder_of, read_vectors_of
 from .methods import FOLDED, add_to_block, set_table, with_vectors, without_vectors
 from .placing import fold_blocks, in_vllm, is_elsewhere, parts_of
 from .rows import follow_positions, rows_for
@@ -31,8 +31,8 @@ def attach(model: nn.Module, entry: Mapping[str, Any], vllm_config: Any, model_c
     """
     folder = folder_of(model_config, vllm_config.load_config)
     # All files are read once more for that; one process of several is enough.
-    whole = get_tensor_model_parallel_rank() == 0
-    found = in_vllm(read_compensation(entry, folder, whole), model)
+    bound = get_tensor_model_parallel_rank() == 0
+    found = in_vllm(read_vectors_of(entry, folder, bound), model)
     vectors = fold_blocks(found, model, model_config.hf_text_config.to_dict())
     rows = None
     if found.positions:

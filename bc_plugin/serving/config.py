@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,29 +17,25 @@ from vllm.model_executor.models.utils import WeightsMapper
 from ..errors import BiasCompensationError
 from ..names import KEY, SUFFIX
 from ..supported import VLLM
+from ..toolkits.flag import is_entry
 from ..vectors.entry import FORMAT_VERSION
 from ..vectors.fields import require_fields
 from ..vectors.joint import saved_without
 from ..vectors.sealed import unseal
 from .loading import attach_when_loaded
 from .methods import until_attached
-
-WIDEN = (
-    "vLLM has no kernel for these weights on this machine ({error}). Where a wider one has, "
-    "`bc-plugin export COMPENSATED OUT --for vllm` writes the same weights for it, vectors "
-    "included, and OUT is served like this one; or quantize with other bits."
-)
+from .refusals import naming_the_export
 
 
 class BiasCompensationConfig(QuantizationConfig):
-    """What vLLM asks whether a checkpoint is compensated. ``from_config`` gives another class."""
+    """What vLLM asks whether a checkpoint is compensated; it never becomes an object."""
 
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Our name for a checkpoint with vectors; every other is somebody else's."""
-        return KEY if hf_quant_cfg.get(KEY) is not None else None
+        return KEY if is_entry(hf_quant_cfg.get(KEY)) else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
@@ -48,32 +43,14 @@ class BiasCompensationConfig(QuantizationConfig):
 
         Raises:
             BiasCompensationError: another version of vLLM or of the format, a damaged entry, or
-                weights of a kind that vLLM has no kernels for.
+                weights that vLLM has no kernels for.
         """
-        VLLM.check("")
+        VLLM.check(otherwise="")
         plain = unseal(config)
-        entry = plain.pop(KEY)
-        require_entry(entry)
+        _require_vectors(plain.pop(KEY))
         with naming_the_export():
             inner = get_quantization_config(_chosen_by_vllm(plain)).from_config(plain)
         return compensated(inner)
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return -1
-
-    def get_name(self) -> str:
-        return KEY
-
-    def get_supported_act_dtypes(self) -> list:
-        return []
-
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> None:
-        return None
 
 
 class Compensated(QuantizationConfig):
@@ -103,13 +80,14 @@ def compensated(config: QuantizationConfig) -> QuantizationConfig:
     return config
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compensated_class(kind: type[QuantizationConfig]) -> type[QuantizationConfig]:
+    """Keeps the name, by which vLLM tells some apart."""
     return type(kind.__name__, (Compensated, kind), {"__module__": __name__})
 
 
 def _from_state(kind: type[QuantizationConfig], state: dict[str, Any]) -> QuantizationConfig:
-    """Sent to another process, whose class is made anew."""
+    """A config that was sent to another process, where its class has to be made."""
     config = kind.__new__(kind)
     vars(config).update(state)
     return compensated(config)
@@ -127,25 +105,12 @@ def _chosen_by_vllm(plain: dict[str, Any]) -> str:
     return model.quantization
 
 
-def require_entry(entry: Any) -> None:
-    """Make sure that an entry can be read, and has vectors, before any weight is.
-
-    Raises:
-        BiasCompensationError: it cannot, or it was saved without them.
-    """
-    if isinstance(entry, Mapping) and saved_without(entry):
+def _require_vectors(entry: Mapping[str, Any]) -> None:
+    """Make sure, before any weight is read, that an entry can be, and has vectors."""
+    if saved_without(entry):
         raise BiasCompensationError(
             "this checkpoint was quantized jointly with vectors that it was saved without; attach "
             "them with bc_plugin.Compensation.attach and save it again, or compute them again "
             "with `bc-plugin compensate`."
         )
     require_fields(entry, FORMAT_VERSION)
-
-
-@contextmanager
-def naming_the_export():
-    """While it lasts, vLLM's refusals of a width or a format say how to get one that it takes."""
-    try:
-        yield
-    except (ValueError, NotImplementedError) as error:
-        raise BiasCompensationError(WIDEN.format(error=error)) from error

@@ -1,11 +1,11 @@
 """vLLM's own linear methods, with each token's row of a table added to what they give.
 
-The class is derived and keeps its name, since vLLM asks for both.
+The classes are derived from vLLM's and keep their names, since vLLM asks for both.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from ..errors import BiasCompensationError
 from ..names import KEY
+from .refusals import naming_the_export
 
 ROWS = KEY + "_rows"
 # In latent attention it is folded into other products, by running it on a unit matrix.
@@ -23,43 +24,36 @@ FOLDED = "kv_b_proj"
 class UntilAttached(LinearMethodBase):
     """A linear of a compensated checkpoint before its vectors are in place."""
 
+    def create_weights(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's own."""
+        with naming_the_export():
+            super().create_weights(*args, **kwargs)
+
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Raises, since without them it is another model."""
-        if getattr(layer, "prefix", "").rpartition(".")[2] == FOLDED:
+        """Raises, since without vectors it is another model."""
+        if layer.prefix.rpartition(".")[2] == FOLDED:
             return super().apply(layer, x, bias)
         raise BiasCompensationError(
             "this checkpoint has bias_compensation vectors, which this way of loading a model "
             "passes by; load it with vLLM's default load_format."
         )
 
-    def create_weights(self, *args: Any, **kwargs: Any) -> None:
-        """vLLM's own; where it has no kernel, the error says what has."""
-        from .config import naming_the_export
-
-        with naming_the_export():
-            super().create_weights(*args, **kwargs)
-
 
 class WithVectors(LinearMethodBase):
     """A linear with a table."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """vLLM's output, compensated."""
+        """vLLM's output, compensated. Kernels that store a bias in an order of theirs get none."""
         return with_rows(layer, super().apply(layer, x, bias))
 
 
-def until_attached(method: Any) -> None:
+def until_attached(method: LinearMethodBase) -> None:
     """Have a method refuse to run."""
     method.__class__ = _derived(UntilAttached, type(method))
 
 
 def with_vectors(layer: nn.Module, table: Tensor, rows: Tensor | None) -> None:
-    """Give a linear its vectors.
-
-    Args:
-        table: (positions + 1, features of this process).
-        rows: Of each token of a batch, int64; None where there is one row for all.
-    """
+    """Give a linear its vectors; for the arguments see ``set_table``."""
     set_table(layer, table, rows)
     layer.quant_method.__class__ = _derived(WithVectors, _own_class(layer.quant_method))
 
@@ -70,14 +64,19 @@ def without_vectors(layer: nn.Module) -> None:
 
 
 def set_table(module: nn.Module, table: Tensor, rows: Tensor | None) -> None:
-    """Put a table on a module: buffers, which compiled graphs take as inputs and so never stale."""
+    """Put a table on a module, as buffers, which compiled graphs take as inputs.
+
+    Args:
+        table: (positions + 1, features of this process).
+        rows: The row of each token of a batch, int64; None where there is one for all.
+    """
     module.register_buffer(KEY, table, persistent=False)
     module.register_buffer(ROWS, rows, persistent=False)
 
 
 def with_rows(module: nn.Module, hidden: Tensor) -> Tensor:
     """Hidden states, (tokens, features), with each token's row of the module's table added."""
-    table, rows = module._buffers[KEY], module._buffers[ROWS]
+    table, rows = getattr(module, KEY), getattr(module, ROWS)
     if rows is None:
         return hidden + table[0]
     return hidden + functional.embedding(rows[: hidden.shape[0]], table)
@@ -90,11 +89,11 @@ def add_to_block(module: nn.Module, args: tuple, output: Any) -> Any:
     return with_rows(module, output)
 
 
-def _own_class(method: Any) -> type:
+def _own_class(method: LinearMethodBase) -> type[LinearMethodBase]:
     kind = type(method)
     return kind.__mro__[2] if issubclass(kind, (UntilAttached, WithVectors)) else kind
 
 
-@lru_cache(maxsize=None)
-def _derived(mixin: type, kind: type) -> type:
-    return type(kind.__name__, (mixin, kind), {"__module__": __name__})
+@cache
+def _derived(ours: type[LinearMethodBase], kind: type[LinearMethodBase]) -> type[LinearMethodBase]:
+    return type(kind.__name__, (ours, kind), {"__module__": __name__})

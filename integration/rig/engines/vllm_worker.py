@@ -4,7 +4,8 @@
 
 ``ASKED.json`` holds ``prompts``, lists of token ids; ``engine``, arguments of vLLM's ``LLM``;
 ``continued``, how many tokens to generate greedily after each prompt, twice, so that the second
-time all but their last tokens are cached; and ``timed``, how many to generate to see how long it takes.
+time all but their last tokens are cached; ``timed``, how many to generate to see how long it takes;
+and ``classes``, whether to tell the classes of the linears' methods.
 """
 
 import json
@@ -41,6 +42,8 @@ def main() -> None:
         greedy = SamplingParams(max_tokens=new, min_tokens=new, temperature=0.0, logprobs=0)
         runs = [engine.generate(prompts, greedy) for _ in range(2)]
         found["continuations"] = [[_continued(one) for one in run] for run in runs]
+    if given.get("classes"):
+        found["classes"] = engine.apply_model(_classes)[0]
     if given.get("timed"):
         found["seconds"] = _timed(engine, prompts, given["timed"], SamplingParams)
     with open(out, "w") as file:
@@ -60,6 +63,12 @@ def _continued(one) -> dict:
         "log_probabilities": [entry[token].logprob for entry, token in pairs],
         "cached": one.num_cached_tokens,
     }
+
+
+def _classes(model) -> list:
+    methods = (getattr(module, "quant_method", None) for module in model.modules())
+    kinds = {type(method) for method in methods if method is not None}
+    return sorted(f"{kind.__module__}.{kind.__name__}" for kind in kinds)
 
 
 def _timed(engine, prompts, new, params) -> dict:

@@ -22,6 +22,7 @@ def run_vllm(
     *,
     continued: int = 0,
     timed: int = 0,
+    classes: bool = False,
     environment: dict[str, str] | None = None,
     **engine: Any,
 ) -> dict[str, Any]:
@@ -31,14 +32,15 @@ def run_vllm(
         model: The checkpoint.
         prompts: Token ids, a list per prompt.
         folder: Where files are exchanged, and where compiled code is kept.
-        continued, timed: See the worker.
+        continued, timed, classes: See the worker.
         environment: Variables beside this process's own.
         engine: Arguments of vLLM's ``LLM``.
 
     Raises:
         VLLMError: it stopped with an error.
     """
-    asked = {"prompts": prompts, "continued": continued, "timed": timed, "engine": engine}
+    asked = {"prompts": prompts, "continued": continued, "timed": timed, "classes": classes}
+    asked["engine"] = engine
     (folder / "asked.json").write_text(json.dumps(asked))
     command = [VLLM, WORKER, model, folder / "asked.json", folder / "found.json"]
     workers = engine.get("tensor_parallel_size", 1)
@@ -64,6 +66,7 @@ def surroundings(folder: Path, workers: int = 1) -> dict[str, str]:
     cores = {} if workers == 1 else {"VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:workers])}
     own = {key: value for key, value in os.environ.items() if key != "TORCHDYNAMO_DISABLE"}
     files = {"VLLM_CACHE_ROOT": str(folder / "vllm-cache"), "PYTHONPATH": str(KERNELS)}
+    files["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # to send a function to the model
     return {**own, **files, **cores}
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from rig.quantizers.rounded import round_to_gptq
 from transformers import AutoModelForCausalLM
 
 import bc_plugin
 from bc_plugin.toolkits.copy import copy_compensated
+from rig.quantizers.rounded import round_to_gptq
 
 from .tiny import log_probabilities, sequences, tiny_checkpoint, tiny_tokenizer
 
