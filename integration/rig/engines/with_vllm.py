@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 from rig.folders import REPOSITORY
 
@@ -68,6 +73,56 @@ def surroundings(folder: Path, workers: int = 1) -> dict[str, str]:
     files = {"VLLM_CACHE_ROOT": str(folder / "vllm-cache"), "PYTHONPATH": str(KERNELS)}
     files["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # to send a function to the model
     return {**own, **files, **cores}
+
+
+@contextmanager
+def serving(model: Path, folder: Path, *options: str) -> Iterator[Callable[..., dict[str, Any]]]:
+    """``vllm serve``, as from a command line, while it lasts.
+
+    Args:
+        model: The checkpoint.
+        folder: Where its log and compiled code are kept.
+        options: More of its own.
+
+    Yields:
+        What asks ``/v1/completions``, with the request's fields as keywords; returns the choice.
+
+    Raises:
+        VLLMError: it ended before it answered.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    url = f"http://127.0.0.1:{port}"
+    command = [VLLM.with_name("vllm"), "serve", model, "--port", port, *options]
+    own = {**surroundings(folder), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    log = folder / "vllm.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=own)
+
+    def complete(**request: Any) -> dict[str, Any]:
+        body = json.dumps({"model": str(model), "temperature": 0, **request}).encode()
+        headers = {"Content-Type": "application/json"}
+        with urlopen(Request(f"{url}/v1/completions", body, headers)) as answer:
+            return json.load(answer)["choices"][0]
+
+    try:
+        while not _answers(f"{url}/health"):
+            if process.poll() is not None:
+                raise VLLMError(log.read_text())
+            time.sleep(1)
+        yield complete
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urlopen(url) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
 
 
 def log_probabilities(

@@ -35,6 +35,7 @@ def served_checkpoint(folder: Path, architecture: str, positions: int) -> tuple[
     for vectors in compensation.vectors.values():
         size = vectors.float().abs().mean()
         vectors += (size * torch.randn(vectors.shape)).to(vectors.dtype)
+        vectors[:-1] += (2 * size * torch.randn(vectors[:-1].shape)).to(vectors.dtype)
     out.mkdir()
     copy_compensated(plain, out, compensation, model)
     return out, plain
