@@ -150,9 +150,9 @@ def test_the_server_gives_what_the_library_gives(made, tmp_path):
 
 def test_the_server_ends_with_the_error(made, tmp_path):
     folder = _changed(made()[0], tmp_path / "changed", _another_vector)
-    with pytest.raises(VLLMError, match="BiasCompensationError: .*are not those"):
-        with serving(folder, tmp_path):
-            pass
+    error = pytest.raises(VLLMError, match=r"BiasCompensationError: .*are not those")
+    with error, serving(folder, tmp_path):
+        pass
 
 
 # Passive
