@@ -78,9 +78,10 @@ test-current: setup
 test-reliability: setup
 	RELIABILITY=all $(BIN)/python -m pytest tests/reliability integration/tests/reliability $(ARGS)
 
-# Exported checkpoints in a real engine.
+# Compensated checkpoints in a real engine, as they are and exported; about half an hour.
 test-vllm: setup setup-vllm
-	$(BIN)/python -m pytest integration/tests/engines/test_vllm.py
+	$(BIN)/python -m pytest integration/tests/engines/test_vllm.py \
+		integration/tests/engines/test_vllm_serving.py
 
 # The same in llama.cpp; needs node.
 test-llama-cpp: setup setup-llama-cpp

@@ -79,6 +79,12 @@ def with_rows(module: nn.Module, hidden: Tensor) -> Tensor:
     table, rows = getattr(module, KEY), getattr(module, ROWS)
     if rows is None:
         return hidden + table[0]
+    if hidden.dim() != 2:
+        raise BiasCompensationError(
+            f"a {type(module).__name__} gives a tensor of {hidden.dim()} dimensions, expected "
+            "(tokens, features), so the positions of its tokens are unknown; compensate with "
+            "positions=0."
+        )
     return hidden + functional.embedding(rows[: hidden.shape[0]], table)
 
 

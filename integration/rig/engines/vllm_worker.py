@@ -4,14 +4,12 @@
 
 ``ASKED.json`` holds ``prompts``, lists of token ids; ``engine``, arguments of vLLM's ``LLM``;
 ``continued``, how many tokens to generate greedily after each prompt, twice, so that the second
-time all but their last tokens are cached; ``timed``, how many to generate to see how long it takes;
-and ``classes``, whether to tell the classes of the linears' methods.
+time most are cached; and ``classes``, whether to tell the classes of the linears' methods.
 """
 
 import json
 import os
 import sys
-import time
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,7 +23,7 @@ def main() -> None:
         given = json.load(file)
     prompts = [{"prompt_token_ids": ids} for ids in given["prompts"]]
     longest = max(len(ids) for ids in given["prompts"])
-    new = max(given.get("continued", 0), given.get("timed", 0), 1)
+    new = max(given.get("continued", 0), 1)
     engine = LLM(
         **{
             "model": model,
@@ -44,8 +42,6 @@ def main() -> None:
         found["continuations"] = [[_continued(one) for one in run] for run in runs]
     if given.get("classes"):
         found["classes"] = engine.apply_model(_classes)[0]
-    if given.get("timed"):
-        found["seconds"] = _timed(engine, prompts, given["timed"], SamplingParams)
     with open(out, "w") as file:
         json.dump(found, file)
 
@@ -69,20 +65,6 @@ def _classes(model) -> list:
     methods = (getattr(module, "quant_method", None) for module in model.modules())
     kinds = {type(method) for method in methods if method is not None}
     return sorted(f"{kind.__module__}.{kind.__name__}" for kind in kinds)
-
-
-def _timed(engine, prompts, new, params) -> dict:
-    """Seconds of reading the prompts alone, and of generating ``new`` tokens as well."""
-    found = {}
-    for name, count in (("prefill", 1), ("both", new)):
-        settings = params(max_tokens=count, min_tokens=count, temperature=0.0)
-        found[name] = []
-        for _ in range(3):
-            engine.reset_prefix_cache()
-            start = time.perf_counter()
-            engine.generate(prompts, settings, use_tqdm=False)
-            found[name].append(time.perf_counter() - start)
-    return found
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 from rig.folders import REPOSITORY
 
 VLLM = Path(os.environ.get("BC_PLUGIN_VLLM_PYTHON", REPOSITORY / ".venv-vllm" / "bin" / "python"))
-WORKER = Path(__file__).with_name("vllm_worker.py")
+WORKER, TURNS = (Path(__file__).with_name(f"vllm_{name}.py") for name in ("worker", "turns"))
 KERNELS = Path(__file__).with_name("kernels")  # what vLLM lacks on some CPUs
 
 
@@ -26,7 +26,6 @@ def run_vllm(
     folder: Path,
     *,
     continued: int = 0,
-    timed: int = 0,
     classes: bool = False,
     environment: dict[str, str] | None = None,
     **engine: Any,
@@ -37,29 +36,42 @@ def run_vllm(
         model: The checkpoint.
         prompts: Token ids, a list per prompt.
         folder: Where files are exchanged, and where compiled code is kept.
-        continued, timed, classes: See the worker.
+        continued, classes: See the worker.
         environment: Variables beside this process's own.
         engine: Arguments of vLLM's ``LLM``.
 
     Raises:
         VLLMError: it stopped with an error.
     """
-    asked = {"prompts": prompts, "continued": continued, "timed": timed, "classes": classes}
-    asked["engine"] = engine
-    (folder / "asked.json").write_text(json.dumps(asked))
-    command = [VLLM, WORKER, model, folder / "asked.json", folder / "found.json"]
+    asked = {"prompts": prompts, "continued": continued, "classes": classes, "engine": engine}
     workers = engine.get("tensor_parallel_size", 1)
+    own = {**surroundings(folder, workers), **(environment or {})}
+    return _run([WORKER, model], asked, folder, own)
+
+
+def speeds(
+    models: dict[str, Path], prompts: list[list[int]], folder: Path, *, new: int, turns: int
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each turn, by model, for reading all prompts and for ``new`` tokens after them."""
+    paths = {name: str(path) for name, path in models.items()}
+    asked = {"models": paths, "prompts": prompts, "new": new, "turns": turns}
+    return _run([TURNS], asked, folder, surroundings(folder))
+
+
+def _run(script: list[Path], asked: dict, folder: Path, environment: dict[str, str]) -> Any:
+    files = [folder / name for name in ("asked.json", "found.json")]
+    files[0].write_text(json.dumps(asked))
     process = subprocess.run(
-        command,
+        [VLLM, *script, *files],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**surroundings(folder, workers), **(environment or {})},
+        env=environment,
     )
     (folder / "vllm.log").write_text(process.stdout)
     if process.returncode:
         raise VLLMError(process.stdout)
-    return json.loads((folder / "found.json").read_text())
+    return json.loads(files[1].read_text())
 
 
 class VLLMError(RuntimeError):
