@@ -38,6 +38,7 @@ def main() -> None:
     if given.get("continued"):
         new = given["continued"]
         greedy = SamplingParams(max_tokens=new, min_tokens=new, temperature=0.0, logprobs=0)
+        engine.reset_prefix_cache()
         runs = [engine.generate(prompts, greedy) for _ in range(2)]
         found["continuations"] = [[_continued(one) for one in run] for run in runs]
     if given.get("classes"):

