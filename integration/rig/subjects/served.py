@@ -9,15 +9,39 @@ from transformers import AutoModelForCausalLM
 
 import bc_plugin
 from bc_plugin.toolkits.copy import copy_compensated
+from rig.quantizers.pipelines import PIPELINES
 from rig.quantizers.rounded import round_to_gptq
+from rig.quantizers.with_compressed_tensors import round_to_nearest
 
 from .tiny import log_probabilities, sequences, tiny_checkpoint, tiny_tokenizer
 
 LONGEST = 1024
 
 
-def served_checkpoint(folder: Path, architecture: str, positions: int) -> tuple[Path, Path]:
-    """Write a tiny model of rounded 4-bit weights, with and without vectors.
+def _awq(source: Path, folder: Path) -> None:
+    pipeline = PIPELINES["gptqmodel-awq"]
+    settings = {"bits": 4, "group_size": 32, **pipeline.settings}
+    bc_plugin.enable()
+    try:
+        pipeline.save(pipeline.quantize(str(source), sequences(), None, settings), folder)
+    finally:
+        bc_plugin.disable()
+
+
+METHODS = {
+    "gptq": round_to_gptq,
+    "awq": _awq,
+    "compressed-tensors": lambda source, folder: round_to_nearest(str(source), folder),
+}
+
+
+def served_checkpoint(
+    folder: Path, architecture: str, positions: int, method: str = "gptq"
+) -> tuple[Path, Path]:
+    """Write a tiny model of 4-bit weights, with and without vectors.
+
+    Args:
+        method: One of ``METHODS``.
 
     Returns:
         The folder with vectors, and the one without.
@@ -26,7 +50,7 @@ def served_checkpoint(folder: Path, architecture: str, positions: int) -> tuple[
     source.mkdir(parents=True)
     tiny_checkpoint(source, architecture, torch.bfloat16, longest=LONGEST)
     tiny_tokenizer().save_pretrained(source)
-    round_to_gptq(source, plain)
+    METHODS[method](source, plain)
     tiny_tokenizer().save_pretrained(plain)
     model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16).eval()
     float_model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -38,11 +39,11 @@ def made(tmp_path_factory):
     """Checkpoints with and without vectors, each made once."""
     kept = {}
 
-    def make(architecture="llama", positions=1):
-        key = (architecture, positions)
+    def make(architecture="llama", positions=1, method="gptq"):
+        key = (architecture, positions, method)
         if key not in kept:
             torch.manual_seed(0)
-            folder = tmp_path_factory.mktemp(f"{architecture}-{positions}")
+            folder = tmp_path_factory.mktemp("-".join(map(str, key)))
             kept[key] = served_checkpoint(folder, *key)
         return kept[key]
 
@@ -62,6 +63,38 @@ def test_log_probabilities_are_those_of_transformers(made, tmp_path, architectur
     found = run_vllm(folder, prompts(), tmp_path, **ALONE, **ALONE_ENGINE)["log_probabilities"]
     assert max(apart(found, scores_of(folder, prompts()))) < NOISE
     assert max(apart(found, scores_of(plain, prompts()))) > 5 * NOISE
+
+
+@pytest.mark.parametrize("method", ["awq", "compressed-tensors"])
+def test_other_formats(made, tmp_path, method):
+    folder, plain = made("llama", 1, method)
+    found = run_vllm(folder, prompts(), tmp_path, enforce_eager=True, **ALONE, **ALONE_ENGINE)
+    assert max(apart(found["log_probabilities"], scores_of(folder, prompts()))) < NOISE
+    assert max(apart(found["log_probabilities"], scores_of(plain, prompts()))) > 2 * NOISE
+
+
+def test_every_process_has_its_share():
+    """Tables of a linear for q, k and v; with fewer heads of k and v than processes, repeated."""
+    script = """
+import json
+import torch
+from bc_plugin.serving.shares import share, stacked
+from vllm.model_executor.layers.linear import QKVParallelLinear
+
+vectors = {"q": torch.arange(8.0)[None], "k": torch.tensor([[20.0, 21]])}
+layer = QKVParallelLinear.__new__(QKVParallelLinear)
+torch.nn.Module.__init__(layer)
+layer.head_size = layer.v_head_size = layer.num_kv_heads = 1
+layer.total_num_heads, layer.total_num_kv_heads = 8, 2
+layer.num_heads, layer.num_kv_head_replicas = 2, 2
+found = []
+for layer.tp_rank in range(4):
+    found.append(share(layer, stacked("qkv_proj", layer, ["q", "k", "v"], vectors))[0].tolist())
+print(json.dumps(found))
+"""
+    ran = subprocess.run([VLLM, "-c", script], check=True, capture_output=True, text=True)
+    expected = [[0, 1, 20, 0], [2, 3, 20, 0], [4, 5, 21, 0], [6, 7, 21, 0]]
+    assert json.loads(ran.stdout.splitlines()[-1]) == expected
 
 
 def test_vllms_own_settings_in_its_own_processes(made, tmp_path):
