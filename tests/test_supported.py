@@ -7,7 +7,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from bc_plugin.supported import SUPPORTED
+from bc_plugin.supported import SUPPORTED, VLLM
 
 ROOT = Path(__file__).parent.parent
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
@@ -24,7 +24,7 @@ def _extras():
 
 @pytest.mark.parametrize(("extra", "requirement"), _extras(), ids=str)
 def test_extras_install_what_is_supported(extra, requirement):
-    known = {s.distribution: s.versions for s in SUPPORTED.values()}
+    known = {s.distribution: s.versions for s in (*SUPPORTED.values(), VLLM)}
     if requirement.name not in known:
         pytest.skip("no toolkit")
     exact = [s.version for s in requirement.specifier if s.operator == "=="]

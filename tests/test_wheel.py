@@ -23,12 +23,14 @@ FOLDERS = {"bc_plugin": "bc_plugin", "patches": "bc_plugin/patches"}  # to where
 # in for what the wheel lacks, hooks itself in by a .pth file; folders added here are searched for
 # modules, and their .pth files are left alone.
 ISOLATED = "import sys; sys.path += {path}"
+# What derives from vLLM's classes is imported in vLLM's processes only, and found here.
 IMPORT_ALL = """
-import pkgutil, bc_plugin
+import importlib.util, pkgutil, bc_plugin
 names = [module.name for module in pkgutil.walk_packages(bc_plugin.__path__, "bc_plugin.")]
 for name in ["bc_plugin", *names]:
-    __import__(name)
-    print(name, sys.modules[name].__file__)
+    if not name.startswith("bc_plugin.serving.") or name.endswith(".register"):
+        __import__(name)
+    print(name, importlib.util.find_spec(name).origin)
 print(*(name for name in sys.modules if name in {extras}))
 """
 COMMAND = """
@@ -37,7 +39,16 @@ sys.argv = ["bc-plugin", {argument!r}]
 runpy.run_path({script!r}, run_name="__main__")
 """
 ARGUMENTS = ("--help", "--version")
-EXTRAS = {"transformers", "optimum", "gptqmodel", "auto_gptq", "awq", "datasets", "accelerate"}
+EXTRAS = {
+    "transformers",
+    "optimum",
+    "gptqmodel",
+    "auto_gptq",
+    "awq",
+    "datasets",
+    "accelerate",
+    "vllm",
+}
 
 
 def _no_source(folder: str, names: list[str]) -> set[str]:

@@ -9,6 +9,8 @@ import typer
 
 from ..files import check_out
 from ..models.architectures import ENGINES
+from ..names import KEY
+from ..vectors.settings import read_settings
 from .arguments import check_loading, model_config, one_of
 from .options import (
     DeviceMap,
@@ -18,7 +20,9 @@ from .stopped import making
 
 
 def export(
-    compensated: Annotated[Path, typer.Argument(metavar="COMPENSATED", help="With positions=0.")],
+    compensated: Annotated[
+        Path, typer.Argument(metavar="COMPENSATED", help="With positions=0, but for vllm.")
+    ],
     out: Out,
     engine: Annotated[str, typer.Option("--for", help=", ".join(ENGINES))] = "transformers",
     allow_partial: Annotated[
@@ -30,6 +34,8 @@ def export(
     device_map: DeviceMap = "cpu",
 ) -> None:
     """Merge the vectors into plain biases, which engines load without this plugin.
+
+    For vllm, vectors that can be no biases are kept, and vLLM is given them by this plugin.
 
     Example: `bc-plugin export ./compensated ./plain --for vllm`
     """
@@ -49,4 +55,7 @@ def export(
             as_llama=as_llama,
             device_map=device_map,
         )
-    typer.echo(f"{out}: verified in a process without the plugin")
+    if read_settings(out).get(KEY) is None:
+        typer.echo(f"{out}: verified in a process without the plugin")
+    else:
+        typer.echo(f"{out}: verified; its vectors can be no biases, so vLLM needs the plugin")

@@ -1,4 +1,4 @@
-"""What was exported, loaded in a fresh process and compared with the plugin."""
+"""What was exported, loaded, in a fresh process where it is plain, and compared with the plugin."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
 from ..vectors.compensation import Compensation
@@ -45,27 +46,17 @@ def _unsealed(source: Path) -> Iterator[Path]:
 
 @torch.no_grad()
 def verify(source: Path, exported: Path, whole: Compensation, plan: Plan, device_map: str) -> None:
-    """Compare with the plugin, in logits of arbitrary tokens."""
-    from transformers import AutoModelForCausalLM
-
-    with _unsealed(source) as folder:
-        model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map).eval()
-    attached = Compensation.attached_to(model)  # where the patches are enabled
-    if attached is not None:
-        attached.detach(model)
+    """Compare a plain checkpoint with the plugin, in logits of arbitrary tokens."""
+    model = _plain_model(source, device_map)
     whole.check(model)
     carried = whole.only(plan.carried)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=generator)
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    carried.attach_unchecked(model)
-    expected = model(input_ids=ids.to(device)).logits.float().cpu()
-    carried.detach(model)
-    plain = model(input_ids=ids.to(device)).logits.float().cpu()
+    ids = _tokens(model)
+    plain, expected = _logits(model, ids), _logits(model, ids, carried)
+    dtype = next(model.parameters()).dtype
     del model
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder) / name) for name in ("ids.pt", "logits.pt")]
-        torch.save(ids, files[0])
+        torch.save(ids.cpu(), files[0])
         command = [sys.executable, "-c", LOADED_ALONE, str(exported), device_map, *files]
         process = subprocess.run(command, capture_output=True, text=True)
         if process.returncode:
@@ -74,6 +65,49 @@ def verify(source: Path, exported: Path, whole: Compensation, plan: Plan, device
                 + process.stderr[-2000:]
             )
         found = torch.load(files[1])
+    _require_same(found, expected, plain, dtype)
+
+
+@torch.no_grad()
+def verify_kept(source: Path, exported: Path, whole: Compensation, device_map: str) -> None:
+    """Compare a checkpoint that stays compensated with its source, both with their vectors."""
+    model = _plain_model(source, device_map)
+    whole.check(model)
+    ids = _tokens(model)
+    plain, expected = _logits(model, ids), _logits(model, ids, whole)
+    del model
+    model, kept = _plain_model(exported, device_map), Compensation.load(exported)
+    kept.check(model)
+    _require_same(_logits(model, ids, kept), expected, plain, next(model.parameters()).dtype)
+
+
+def _plain_model(folder: Path, device_map: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    with _unsealed(folder) as unsealed:
+        model = AutoModelForCausalLM.from_pretrained(unsealed, device_map=device_map).eval()
+    attached = Compensation.attached_to(model)  # where the patches are enabled
+    if attached is not None:
+        attached.detach(model)
+    return model
+
+
+def _tokens(model: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=generator)
+    return ids.to(next(model.parameters()).device)
+
+
+def _logits(model: nn.Module, ids: Tensor, compensation: Compensation | None = None) -> Tensor:
+    if compensation is not None:
+        compensation.attach_unchecked(model)
+    logits = model(input_ids=ids).logits.float().cpu()
+    if compensation is not None:
+        compensation.detach(model)
+    return logits
+
+
+def _require_same(found: Tensor, expected: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
     apart, effect = (found - expected).norm(), (plain - expected).norm()
     # Widened weights run on another kernel, which may round inputs to half precision.
     rounding = 4 * torch.finfo(dtype).eps * expected.norm()

@@ -20,7 +20,7 @@ from ..vectors.checkpoint import INDEX, SINGLE, checkpoint_files, other_files, t
 from ..vectors.compensation import Compensation
 from ..vectors.merge import OWN_BIAS
 from ..vectors.settings import read_json
-from .save import write_entry
+from ..vectors.written import write_entry
 
 VECTORS = "model-bias_compensation.safetensors"  # beside a checkpoint of several files
 

@@ -46,12 +46,13 @@ def keeping_weights() -> Iterator[None]:
 
 
 def read_compensation(
-    entry: Mapping[str, Any] | None, files: Iterable[str | Path]
+    entry: Mapping[str, Any] | None, files: Iterable[str | Path], bound: bool = True
 ) -> Compensation | None:
     """The compensation that a checkpoint's settings announce and its files hold.
 
     Args:
         files: Those that the loader reads, and no others.
+        bound: Whether all of them are compared with what they were, not the vectors alone.
 
     Returns:
         None for a checkpoint without vectors.
@@ -66,7 +67,8 @@ def read_compensation(
         vectors = read_vectors(files)
         with naming(files):
             compensation = Compensation.from_entry(entry, vectors)
-        require_bound(entry, files)
+        if bound:
+            require_bound(entry, files)
         return compensation
     try:  # only safetensors files can be looked into without reading all of them
         vectors = read_vectors(file for file in files if str(file).endswith(".safetensors"))

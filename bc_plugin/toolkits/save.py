@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from ..errors import BiasCompensationError
-from ..files import written_whole
 from ..models.repacked import require_as_stored
 from ..names import KEY
 from ..vectors.card import write_card
-from ..vectors.checkpoint import INDEX, SINGLE, bound_to, checkpoint_files, read_vectors
+from ..vectors.checkpoint import INDEX, SINGLE, checkpoint_files, read_vectors
 from ..vectors.compensation import Compensation
 from ..vectors.entry import vectors_digest
 from ..vectors.joint import entry_to_save
-from ..vectors.sealed import seal, unseal
-from ..vectors.settings import CONFIG, SETTINGS, read_json
+from ..vectors.written import write_entry
 
 Stamps = dict[str, tuple[int, int]]
 
@@ -68,24 +64,6 @@ def saved_whole(
             _require_vectors(compensation, folder)
         write_entry(folder, entry)
         write_card(folder)
-
-
-def write_entry(folder: Path, entry: dict[str, Any]) -> None:
-    """Put the entry into the settings of a checkpoint, bound to those and to its weights."""
-    entry = bound_to(folder, entry)
-    for name in (CONFIG, SETTINGS):
-        path = folder / name
-        if not path.is_file():
-            continue
-        content = read_json(path)
-        settings = content.get("quantization_config", content) if name == CONFIG else content
-        if settings is not content:
-            content.pop(KEY, None)  # it stood there while the model in memory had no settings
-        sealed = seal({**unseal(settings), KEY: entry})
-        settings.clear()
-        settings.update(sealed)
-        with written_whole(path) as part:
-            part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _stamps(folder: Path) -> Stamps:

@@ -1,9 +1,9 @@
-"""A 3-bit SmolLM2-135M, exported and served by vLLM, next to transformers with the plugin.
+"""A 3-bit SmolLM2-135M served by vLLM, with its vectors and exported, next to transformers.
 
     make benchmark-serving
 
-Both read the same held-out tokens; vLLM also generates, to see what biases cost it. The same
-weights without compensation tell how much the two engines differ anyway.
+Both read the same held-out tokens; the same weights without compensation tell how much the two
+engines differ anyway. Then vLLM's speed with vectors and without, in turns.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
@@ -19,52 +20,96 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 import torch
 from rich.console import Console
 from rich.table import Table
-from rig.engines.with_vllm import log_probabilities
+from rig.engines.with_vllm import log_probabilities, speeds
 from rig.folders import CACHE
 from rig.quantizers.pipelines import PIPELINES
-from rig.subjects import real, tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from rig.subjects import real
+from rig.subjects.served import scores_of
+from transformers import AutoTokenizer
 
 import bc_plugin
 from bc_plugin import Compensation
+from bc_plugin.engines.keep import write_kept
 from bc_plugin.engines.plain import read_tensors, write_checkpoint
 from bc_plugin.engines.widen import widen
 
 FOLDER = CACHE / "serving"
-BITS, GROUP_SIZE, SAMPLES, LENGTH, EVALUATED, GENERATED = 3, 64, 32, 512, 12, 64
+BITS, GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 3, 64, 32, 512, 12
+STEPS, GENERATED, TURNS = 16, 64, 5
+# What is served, and what transformers reads to compare.
+SERVED = {
+    "without": "without",
+    "biases": "positions=0",
+    "positions=0": "positions=0",
+    "positions=1, joint": "positions=1, joint",
+    "the same, refined": "the same, refined",
+}
+TIMED = ("without", "positions=0", "positions=1, joint")
 
 
 def prepare(calibration: list) -> None:
-    """A compensated checkpoint, its export, and the same weights without compensation."""
+    """Write what is served, widened to 4 bits: without vectors, as biases, and with vectors."""
+    # Not jointly, so that the weights without vectors are worth comparing.
+    _quantize(calibration, {"positions": 0, "joint": False}, FOLDER / "3 bits")
+    bc_plugin.export(FOLDER / "3 bits", FOLDER / "biases", engine="vllm")
+    _widen(FOLDER / "3 bits")
+    flag = {"positions": 1}
+    _quantize(calibration, flag, FOLDER / "3 bits, joint")
+    bc_plugin.export(FOLDER / "3 bits, joint", FOLDER / "positions=1, joint", engine="vllm")
+    flag |= {"refine_steps": STEPS}
+    _quantize(calibration, flag, FOLDER / "3 bits, refined")
+    bc_plugin.export(FOLDER / "3 bits, refined", FOLDER / "the same, refined", engine="vllm")
+
+
+def _quantize(calibration: list, flag: dict, folder: Path) -> None:
     pipeline = PIPELINES["gptqmodel"]
     settings = {"bits": BITS, "group_size": GROUP_SIZE, **pipeline.settings}
     bc_plugin.enable()
-    # Not jointly, so that the weights without vectors are worth comparing.
-    flag = {"positions": 0, "joint": False}
     result = pipeline.quantize(str(real.smollm2()), calibration, flag, settings)
-    pipeline.save(result, FOLDER / "compensated")
+    pipeline.save(result, folder)
     bc_plugin.disable()
-    bc_plugin.export(FOLDER / "compensated", FOLDER / "with", engine="vllm")
-    config = json.loads((FOLDER / "compensated" / "config.json").read_text())
+
+
+def _widen(source: Path) -> None:
+    """The same weights with 4 bits, with the vectors as they are, and without."""
+    config = json.loads((source / "config.json").read_text())
     config["quantization_config"].pop("bias_compensation")
-    tensors = read_tensors(FOLDER / "compensated")
+    tensors, compensation = read_tensors(source), Compensation.load(source)
     widen(tensors, config["quantization_config"])
-    (FOLDER / "without").mkdir()
-    write_checkpoint(FOLDER / "without", FOLDER / "compensated", tensors, config)
+    for name in ("without", "positions=0"):
+        (FOLDER / name).mkdir()
+    write_checkpoint(FOLDER / "without", source, tensors, config)
+    write_kept(FOLDER / "positions=0", source, tensors, config, compensation)
 
 
-def by_transformers(ids: list[list[int]]) -> dict[str, torch.Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(FOLDER / "compensated").eval()
-    compensation = Compensation.load(FOLDER / "compensated")
-    compensation.attach(model)
-    found = {"with": _scores(model, ids)}
-    compensation.detach(model)
-    return {"without": _scores(model, ids), **found}
+def agreement(ids: list[list[int]]) -> Table:
+    """vLLM's log-probabilities beside those of transformers with the plugin."""
+    table = Table("served", "perplexity, transformers", "vLLM", "apart", "mean |log p apart|")
+    table.title = f"SmolLM2-135M, {BITS} bits, group {GROUP_SIZE}, widened to 4; {len(ids)} prompts"
+    for name, compared in SERVED.items():
+        ours = torch.cat(scores_of(FOLDER / compared, ids))
+        found = log_probabilities(FOLDER / name, ids, FOLDER)
+        theirs = torch.cat([torch.tensor(row) for row in found])
+        first, second = (math.exp(-scores.mean().item()) for scores in (ours, theirs))
+        moved = f"{(ours - theirs).abs().mean():.3f}"
+        table.add_row(name, f"{first:.2f}", f"{second:.2f}", f"{second / first - 1:+.1%}", moved)
+    return table
 
 
-def _scores(model, ids: list[list[int]]) -> torch.Tensor:
-    # One prompt at a time, since its logits alone are a hundred megabytes.
-    return torch.cat([tiny.log_probabilities(model, row[None]) for row in torch.tensor(ids)])
+def throughput(ids: list[list[int]]) -> Table:
+    """Tokens a second of all prompts in one batch, the median of several turns."""
+    table = Table("served", "prefill, tokens/s", "over without", "decode, tokens/s", "over without")
+    table.title = f"{len(ids)} prompts of {LENGTH} tokens, {GENERATED} new ones, {TURNS} turns"
+    models = {name: FOLDER / name for name in TIMED}
+    found = speeds(models, ids, FOLDER, new=GENERATED, turns=TURNS)
+    for name, seconds in found.items():
+        row = []
+        for part, tokens in (("prefill", LENGTH), ("decode", GENERATED - 1)):
+            mine, plain = (torch.tensor(s[part]) for s in (seconds, found["without"]))
+            row.append(f"{len(ids) * tokens / mine.median().item():.1f}")
+            row.append(f"{(plain / mine).median().item():.3f}")
+        table.add_row(name, *row)
+    return table
 
 
 def main() -> None:
@@ -75,30 +120,9 @@ def main() -> None:
     prepare(real.calibration_windows(tokenizer, LENGTH, SAMPLES))
     windows = real.held_out_windows(tokenizer, LENGTH, EVALUATED)
     ids = [window["input_ids"][0].tolist() for window in windows]
-    ours = by_transformers(ids)
-    table = Table(
-        "vectors",
-        "perplexity, transformers",
-        "perplexity, vLLM",
-        "apart",
-        "mean |log p apart|",
-        "tokens/s, vLLM",
-    )
-    table.title = f"SmolLM2-135M, {BITS} bits, group {GROUP_SIZE}, widened to 4; {len(ids)} prompts"
-    for name in ("without", "with", "without", "with"):
-        found = log_probabilities(FOLDER / name, ids, FOLDER, generate=GENERATED)
-        theirs = torch.tensor(found["log_probabilities"])
-        first, second = (math.exp(-scores.mean().item()) for scores in (ours[name], theirs))
-        speeds = [found["tokens"] / seconds for seconds in found["seconds"]]
-        table.add_row(
-            name,
-            f"{first:.2f}",
-            f"{second:.2f}",
-            f"{second / first - 1:+.1%}",
-            f"{(ours[name] - theirs).abs().mean():.3f}",
-            " ".join(f"{speed:.1f}" for speed in speeds),
-        )
-    Console(width=110).print(table)
+    console = Console(width=110)
+    console.print(agreement(ids))
+    console.print(throughput(ids))
 
 
 if __name__ == "__main__":

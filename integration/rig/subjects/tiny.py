@@ -19,6 +19,9 @@ SHAPES = {
     "llama": ROTARY,
     "qwen2": ROTARY,
     "phi3": ROTARY,
+    "mistral": {**ROTARY, "sliding_window": None},
+    "qwen3": {**ROTARY, "head_dim": 32},
+    "gemma3_text": {**ROTARY, "head_dim": 32, "sliding_window": 16},
     "opt": {
         "hidden_size": 128,
         "ffn_dim": 192,
@@ -31,7 +34,7 @@ SHAPES = {
 
 
 def tiny_checkpoint(
-    folder, architecture="llama", dtype=torch.float32, seed=0, vocab_size=VOCABULARY
+    folder, architecture="llama", dtype=torch.float32, seed=0, vocab_size=VOCABULARY, longest=64
 ):
     """Write a random float model to ``folder``; returns the folder as a string."""
     torch.manual_seed(seed)
@@ -41,7 +44,7 @@ def tiny_checkpoint(
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **SHAPES[architecture],
+        **{**SHAPES[architecture], "max_position_embeddings": longest},
     )
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     for name, parameter in model.named_parameters():

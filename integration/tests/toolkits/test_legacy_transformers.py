@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, GPTQConfig
 
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation
-from bc_plugin.toolkits.save import write_entry
 from bc_plugin.vectors.sealed import unseal
+from bc_plugin.vectors.written import write_entry
 
 FLAG = {"positions": 1, "held_out": 0.25}
 CPU = {"": "cpu"}
