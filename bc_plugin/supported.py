@@ -57,4 +57,5 @@ SUPPORTED = {
     "gptqmodel": Supported("gptqmodel", (">=7.4,<7.8",)),
     "auto_gptq": Supported("auto-gptq", ("==0.7.1",)),
     "autoawq": Supported("autoawq", ("==0.2.9",)),
+    "llmcompressor": Supported("llmcompressor", (">=0.14,<0.15",)),
 }

@@ -1,0 +1,61 @@
+"""A model's weights as its checkpoint has them, and the checkpoint itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from compressed_tensors import ModelCompressor
+from torch import nn
+
+from ..errors import BiasCompensationError
+from ..toolkits.save import saved_whole
+from ..vectors import Compensation
+
+
+@contextmanager
+def compressed(model: nn.Module) -> Iterator[None]:
+    """Compress the weights of a model, in place: vectors belong to what a checkpoint stores.
+
+    While it lasts, running parts of the model leaves them so; afterwards, running the model
+    decompresses them for good, as it does after llm-compressor's own ``save_pretrained``.
+    """
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model, skip_compressed=True)
+    compressor.remove_decompression_hook(model)
+    try:
+        yield
+    finally:
+        compressor.add_decompress_hook(model)
+
+
+def save_compensated(model: nn.Module) -> None:
+    """Let ``model.save_pretrained`` write the vectors' entry when all else is written.
+
+    llm-compressor has put its own function on the model, which writes the settings last.
+    """
+    plain = model.save_pretrained
+    signature = inspect.signature(plain)
+
+    @wraps(plain)
+    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        if Compensation.attached_to(model) is not None:
+            _require_compressed(given)
+        with saved_whole(model, given["save_directory"]):
+            return plain(*args, **kwargs)
+
+    model.save_pretrained = save_pretrained
+
+
+def _require_compressed(given: dict[str, Any]) -> None:
+    for name, wanted in (("save_compressed", True), ("quantization_format", None)):
+        if given.get(name, wanted) != wanted:
+            raise BiasCompensationError(
+                f"save_pretrained({name}={given[name]!r}): the vectors belong to the weights as "
+                "they are compressed by the recipe's own scheme; leave it out, or detach them: "
+                "bc_plugin.Compensation.attached_to(model).detach(model)."
+            )
