@@ -12,7 +12,7 @@ from compressed_tensors import ModelCompressor
 from torch import nn
 
 from ..errors import BiasCompensationError
-from ..toolkits.save import saved_whole
+from ..toolkits.save import plain_vectors, saved_whole
 from ..vectors import Compensation
 
 
@@ -38,14 +38,16 @@ def save_compensated(model: nn.Module) -> None:
     llm-compressor has put its own function on the model, which writes the settings last.
     """
     plain = model.save_pretrained
-    signature = inspect.signature(plain)
+    signature = inspect.signature(plain, follow_wrapped=False)  # of its own, not of transformers'
 
     @wraps(plain)
     def save_pretrained(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         if Compensation.attached_to(model) is not None:
             _require_compressed(given)
-        with saved_whole(model, given["save_directory"]):
+        ModelCompressor().remove_decompression_hook(model)  # it is about to be added once more
+        # On the way modules are given forwards of their own, and back: the vectors' would be lost.
+        with saved_whole(model, given["save_directory"]), plain_vectors(model):
             return plain(*args, **kwargs)
 
     model.save_pretrained = save_pretrained

@@ -1,6 +1,8 @@
 """llm-compressor: ``BiasCompensationModifier`` in its recipes."""
 
 import json
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -10,12 +12,13 @@ pytest.importorskip("llmcompressor", reason="needs llm-compressor")
 
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.core import reset_session
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform import AWQModifier
+from rig.cpu_shims import llmcompressor_awq_on_cpu
 from rig.subjects.tiny import logits, sequences, tiny_checkpoint, tiny_tokenizer
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import bc_plugin
@@ -55,6 +58,12 @@ RECIPES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _on_cpu():
+    with llmcompressor_awq_on_cpu():
+        yield
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "float")
@@ -79,8 +88,11 @@ def _float(source):
 
 
 def _distance(model, source):
-    reference = logits(_float(source))
-    return (logits(model) - reference).norm() / reference.norm()
+    """From the float model, on the calibration data: of random tokens, others tell nothing."""
+    ids = torch.cat([item["input_ids"] for item in sequences()])
+    with torch.no_grad():
+        given, wanted = (each(input_ids=ids).logits for each in (model, _float(source)))
+    return float((given - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("recipe", ("GPTQ", "nearest, asymmetric", "W8A8"))
@@ -99,15 +111,226 @@ def test_the_vectors_are_those_computed_by_hand(source, tmp_path, recipe, pipeli
     assert compensation.digest == by_hand.digest
 
 
+@pytest.mark.parametrize("first", ("saved", "run"))
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_error_falls_and_what_is_saved_gives_the_same(source, tmp_path, enabled, recipe):
+def test_the_error_falls_and_what_is_saved_gives_the_same(source, tmp_path, enabled, recipe, first):
     make = RECIPES[recipe]
     plain = _distance(_run(source, make()), source)
-    model = _run(source, [*make(), BiasCompensationModifier()])
+    model = _run(source, [*make(), BiasCompensationModifier(held_out=0)])
     compensation = Compensation.attached_to(model)
     assert all(errors.after <= errors.before for errors in compensation.errors.values())
-    assert _distance(model, source) < plain
+    if first == "run":  # which decompresses the weights
+        assert _distance(model, source) < plain
     model.save_pretrained(tmp_path / "out", save_compressed=True)
+    assert _distance(model, source) < plain
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert settings["quant_method"] == "compressed-tensors"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert Compensation.attached_to(loaded).digest == compensation.digest
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_of_awq_only_linears_that_feed_no_rescaled_one_are_left_out(source):
+    model = _run(source, [*_awq(), BiasCompensationModifier(held_out=0)])
+    sites = {name.rpartition(".")[2] for name in Compensation.attached_to(model).vectors}
+    # v_proj has fewer features than o_proj, so AWQ rescales those of up_proj alone.
+    assert sites == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "0", "1"}
+
+
+def test_a_float_model_that_was_changed_in_memory(source, tmp_path):
+    def changed():
+        model = _float(source)
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight *= 2
+        return model
+
+    model = _run(source, [*_nearest(), BiasCompensationModifier()], model=changed())
+    found = Compensation.attached_to(model)
+    found.detach(model)
+    by_hand = bc_plugin.compensate(model, changed(), sequences())
+    assert by_hand.vectors.keys() == found.vectors.keys()
+    for name, vectors in by_hand.vectors.items():
+        torch.testing.assert_close(found.vectors[name], vectors)
+
+
+# Joint
+
+
+@pytest.fixture(scope="module")
+def source_with_a_mean(source, tmp_path_factory):
+    model = _float(source)
+    with torch.no_grad():
+        model.model.embed_tokens.weight += torch.randn(128)
+    folder = tmp_path_factory.mktemp("tiny") / "mean"
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("positions", (0, 1))
+def test_joint_leaves_less_of_the_error(source_with_a_mean, pipeline, positions):
+    """Of a linear whose mean shift is taken out, ``tr (W - Q) C (W - Q)^T`` is left."""
+    reference = _float(source_with_a_mean)
+    block = reference.model.layers[0]
+    ids = torch.cat([item["input_ids"] for item in sequences()])
+    with torch.no_grad():
+        inputs = block.input_layernorm(reference.model.embed_tokens(ids))[:, positions:]
+    covariance = torch.cov(inputs.flatten(0, 1).T.double(), correction=0)
+    left = {}
+    for joint in (False, True):
+        modifier = BiasCompensationModifier(joint=joint, positions=positions)
+        model = _run(source_with_a_mean, [*_gptq(), modifier], pipeline)
+        assert Compensation.attached_to(model).joint is joint
+        logits(model)  # decompresses it
+        for name in ("q_proj", "k_proj", "v_proj"):
+            path = f"self_attn.{name}.weight"
+            shift = (block.get_parameter(path) - model.model.layers[0].get_parameter(path)).double()
+            left[name, joint] = float(((shift @ covariance) * shift).sum())
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert left[name, True] < 0.9 * left[name, False]
+
+
+def test_joint_where_it_cannot_be_honoured(source):
+    with pytest.raises(BiasCompensationError, match=r"joint=True .* QuantizationModifier"):
+        _run(source, [*_nearest(), BiasCompensationModifier(joint=True)])
+    model = _run(source, [*_nearest(), BiasCompensationModifier()])
+    assert not Compensation.attached_to(model).joint
+
+
+def test_the_patches_are_undone(source):
+    before = GPTQModifier.calibrate_module, GPTQModifier.compress_module_list
+    _run(source, [*_gptq(), BiasCompensationModifier()])
+    assert (GPTQModifier.calibrate_module, GPTQModifier.compress_module_list) == before
+    with pytest.raises(BiasCompensationError):
+        _run(source, [*_gptq(), BiasCompensationModifier(positions=100)])
+    assert (GPTQModifier.calibrate_module, GPTQModifier.compress_module_list) == before
+
+
+# Settings and recipes
+
+
+def test_the_settings_are_those_of_the_config():
+    config, modifier = BiasCompensationConfig(), BiasCompensationModifier()
+    for field in fields(config):
+        if field.name != "joint":
+            value = getattr(modifier, field.name)
+            value = tuple(value) if isinstance(value, list) else value
+            assert value == getattr(config, field.name)
+    with pytest.raises(BiasCompensationError, match="positions=-1"):
+        BiasCompensationModifier(positions=-1)
+
+
+YAML = """
+test_stage:
+  quantization_modifiers:
+    GPTQModifier:
+      ignore: [lm_head]
+      config_groups:
+        group_0:
+          targets: [Linear]
+          weights: {num_bits: 3, group_size: 32, symmetric: true, strategy: group}
+    BiasCompensationModifier:
+      positions: 0
+"""
+
+
+def test_a_recipe_in_yaml(source, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(YAML)
+    found = Compensation.attached_to(_run(source, str(tmp_path / "recipe.yaml")))
+    modifier = BiasCompensationModifier(positions=0)
+    expected = Compensation.attached_to(_run(source, [*_gptq(), modifier]))
+    assert (found.positions, found.joint) == (0, True)
+    assert found.vectors.keys() == expected.vectors.keys()
+    for name, vectors in expected.vectors.items():
+        assert torch.equal(found.vectors[name], vectors)
+
+
+def test_the_recipe_that_is_saved_can_be_used_again(source, tmp_path):
+    recipe = [
+        QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
+        BiasCompensationModifier(positions=2, sites=["linear"]),
+    ]
+    first = _run(source, recipe)
+    first.save_pretrained(tmp_path / "out")
+    again = Compensation.attached_to(_run(source, str(tmp_path / "out" / "recipe.yaml")))
+    assert again.entry() == Compensation.attached_to(first).entry()
+
+
+def test_enable_makes_it_known_to_yaml(tmp_path):
+    code = (
+        "import bc_plugin; bc_plugin.enable()\n"
+        "from llmcompressor.recipe import Recipe\n"
+        f"recipe = Recipe.create_instance({YAML!r})\n"
+        "print(type(recipe.modifiers[1]).__module__)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split()[-1] == "bc_plugin.llmcompressor.modifier"
+
+
+def test_scales_and_refinement(source, tmp_path, enabled):
+    plain = _run(source, [*_nearest(), BiasCompensationModifier(held_out=0)])
+    settings = {"held_out": 0, "scales": True, "refine_steps": 8, "refine": "block"}
+    model = _run(source, [*_nearest(), BiasCompensationModifier(**settings)])
+    compensation = Compensation.attached_to(model)
+    assert compensation.scales
+    assert compensation.refined
+    model.save_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+    assert _distance(model, source) < _distance(plain, source)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("recipe", "match"),
+    (
+        (lambda bc: [bc, *_gptq()], "comes after it; put BiasCompensationModifier last"),
+        (lambda bc: [bc], "before it stands nothing"),
+        (lambda bc: [SparseGPTModifier(sparsity=0.5), bc], "SparseGPTModifier, and sparsity"),
+        (lambda bc: [QuantizationModifier(kv_cache_scheme=KV), bc], "quantizes no weights"),
+    ),
+)
+def test_a_recipe_that_quantizes_nothing_before(source, recipe, match):
+    with pytest.raises(BiasCompensationError, match=match):
+        _run(source, recipe(BiasCompensationModifier()))
+
+
+KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+
+@pytest.mark.parametrize("pipeline", ("independent", "datafree"))
+def test_no_calibration_data(source, pipeline):
+    with pytest.raises(BiasCompensationError, match="pass a dataset"):
+        _run(source, [*_nearest(), BiasCompensationModifier()], pipeline, data=False)
+
+
+def test_a_model_that_is_compensated_already(source):
+    model = _run(source, [*_nearest(), BiasCompensationModifier()])
+    logits(model)  # compressed weights the quantizer itself would stumble over
+    with pytest.raises(BiasCompensationError, match="compensated already"):
+        _run(source, [*_nearest(), BiasCompensationModifier()], model=model)
+
+
+@pytest.mark.parametrize("option", ({"save_compressed": False}, {"quantization_format": "dense"}))
+def test_saving_otherwise_than_compressed(source, tmp_path, option):
+    model = _run(source, [*_nearest(), BiasCompensationModifier()])
+    with pytest.raises(BiasCompensationError, match=next(iter(option))):
+        model.save_pretrained(tmp_path / "out", **option)
+
+
+def test_a_run_that_fails_half_way_leaves_nothing_behind(source, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("half way")
+
+    before = GPTQModifier.calibrate_module
+    monkeypatch.setattr(GPTQModifier, "compress_modules", fails)
+    model = _float(source)
+    with pytest.raises(RuntimeError, match="half way"):
+        _run(source, [*_gptq(), BiasCompensationModifier()], model=model)
+    monkeypatch.undo()
+    reset_session()
+    assert GPTQModifier.calibrate_module is before
+    assert Compensation.attached_to(model) is None
+    _run(source, [*_gptq(), BiasCompensationModifier()])
