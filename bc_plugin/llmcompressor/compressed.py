@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from compressed_tensors import ModelCompressor
 from torch import nn
 
 from ..errors import BiasCompensationError
+from ..export import export
 from ..toolkits.save import plain_vectors, saved_whole
 from ..vectors import Compensation
 
@@ -32,23 +35,37 @@ def compressed(model: nn.Module) -> Iterator[None]:
         compressor.add_decompress_hook(model)
 
 
-def save_compensated(model: nn.Module) -> None:
+def save_compensated(model: nn.Module, native: bool) -> None:
     """Let ``model.save_pretrained`` write the vectors' entry when all else is written.
 
     llm-compressor has put its own function on the model, which writes the settings last.
+
+    Args:
+        native: Whether to write plain biases, in a folder that must not exist.
     """
     plain = model.save_pretrained
     signature = inspect.signature(plain, follow_wrapped=False)  # of its own, not of transformers'
 
-    @wraps(plain)
-    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        if Compensation.attached_to(model) is not None:
-            _require_compressed(given)
+    def write(given: inspect.BoundArguments) -> None:
         ModelCompressor().remove_decompression_hook(model)  # it is about to be added once more
         # On the way modules are given forwards of their own, and back: the vectors' would be lost.
-        with saved_whole(model, given["save_directory"]), plain_vectors(model):
-            return plain(*args, **kwargs)
+        with saved_whole(model, given.arguments["save_directory"]), plain_vectors(model):
+            plain(*given.args, **given.kwargs)
+
+    @wraps(plain)
+    def save_pretrained(*args: Any, **kwargs: Any) -> None:
+        given = signature.bind(*args, **kwargs)
+        compensated = Compensation.attached_to(model) is not None
+        if compensated:
+            _require_compressed(given.arguments)
+        if not (compensated and native):
+            return write(given)
+        out = Path(given.arguments["save_directory"])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent) as with_vectors:
+            given.arguments["save_directory"] = with_vectors
+            write(given)
+            export(with_vectors, out, engine="vllm")
 
     model.save_pretrained = save_pretrained
 

@@ -36,6 +36,8 @@ class BiasCompensationModifier(Modifier):
     Args:
         joint: None and True let ``GPTQModifier`` know that biases will follow. For any other
             quantizer True is an error, and None changes nothing.
+        native: Let ``save_pretrained`` write biases as the architecture has them, which vLLM loads
+            without the plugin; see ``bc_plugin.export``. Only with ``positions=0``.
 
     Raises:
         BiasCompensationError: a setting is out of range; nothing before the modifier quantizes
@@ -57,6 +59,7 @@ class BiasCompensationModifier(Modifier):
     refine: Literal["model", "block"] = DEFAULT.refine
     refine_train: list[str] = Field(default_factory=lambda: list(DEFAULT.refine_train))
     dtype: str = DEFAULT.dtype
+    native: bool = False
 
     _run: CompensatedQuantization | None = PrivateAttr(default=None)
     _until_finalized: ExitStack = PrivateAttr(default_factory=ExitStack)
@@ -64,6 +67,11 @@ class BiasCompensationModifier(Modifier):
     @model_validator(mode="after")
     def _settings_are_checked(self) -> BiasCompensationModifier:
         self._config()
+        if self.native and self.positions != 0:
+            raise BiasCompensationError(
+                f"BiasCompensationModifier: native=True with positions={self.positions!r}; plain "
+                "biases hold one vector for all positions, pass positions=0."
+            )
         return self
 
     def _config(self) -> BiasCompensationConfig:
@@ -119,7 +127,7 @@ class BiasCompensationModifier(Modifier):
                 return True
             with left_plain(run, state.model), compressed(state.model):
                 run.finish(state.model)
-        save_compensated(state.model)
+        save_compensated(state.model, self.native)
         return True
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("llmcompressor", reason="needs llm-compressor")
 
 from datasets import Dataset
+from helpers.examples import check_python
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -278,6 +280,28 @@ def test_scales_and_refinement(source, tmp_path, enabled):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
     assert _distance(model, source) < _distance(plain, source)
+
+
+@pytest.mark.parametrize("recipe", ("GPTQ", "W8A8"))
+def test_native(source, tmp_path, recipe):
+    modifier = BiasCompensationModifier(positions=0, native=True)
+    model = _run(source, [*RECIPES[recipe](), modifier])
+    model.save_pretrained(tmp_path / "out")
+    assert not bc_plugin.enabled()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert Compensation.attached_to(loaded) is None
+    assert loaded.config.attention_bias
+    assert loaded.config.mlp_bias
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-3, atol=1e-3)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(BiasCompensationError, match="positions=1; plain biases"):
+        BiasCompensationModifier(native=True)
+
+
+def test_the_page_says_what_works():
+    page = Path(bc_plugin.__file__).parent.parent / "docs" / "toolkits.md"
+    section = page.read_text(encoding="utf-8").partition("## llm-compressor")[2]
+    check_python(section.partition("```python\n")[2].partition("```")[0])
 
 
 # Errors
