@@ -1,80 +1,62 @@
-"""A model's weights as its checkpoint has them, and the checkpoint itself."""
+"""A model's weights as its checkpoint has them: vectors belong to integers."""
 
 from __future__ import annotations
 
-import inspect
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
-from pathlib import Path
-from typing import Any
 
+import torch
 from compressed_tensors import ModelCompressor
-from torch import nn
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.utils import get_direct_state_dict, replace_direct_state_dict
+from torch import Tensor, nn
 
-from ..errors import BiasCompensationError
-from ..export import export
-from ..toolkits.save import plain_vectors, saved_whole
-from ..vectors import Compensation
+Stored = dict[str, Tensor]
 
 
 @contextmanager
 def compressed(model: nn.Module) -> Iterator[None]:
-    """Compress the weights of a model, in place: vectors belong to what a checkpoint stores.
+    """Compress the weights of a model, in place.
 
     While it lasts, running parts of the model leaves them so; afterwards, running the model
     decompresses them for good, as it does after llm-compressor's own ``save_pretrained``.
     """
     compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.remove_decompression_hook(model)  # whoever compresses adds one more
     compressor.compress_model(model, skip_compressed=True)
     compressor.remove_decompression_hook(model)
     try:
         yield
     finally:
+        compressor.remove_decompression_hook(model)
         compressor.add_decompress_hook(model)
 
 
-def save_compensated(model: nn.Module, native: bool) -> None:
-    """Let ``model.save_pretrained`` write the vectors' entry when all else is written.
+class Integers:
+    """The compressed weights of a model, kept for when running it has decompressed them.
 
-    llm-compressor has put its own function on the model, which writes the settings last.
-
-    Args:
-        native: Whether to write plain biases, in a folder that must not exist.
+    Compressed once more, weights of half precision are not always the same integers. So long as the
+    model is compressed this takes no memory of its own.
     """
-    plain = model.save_pretrained
-    signature = inspect.signature(plain, follow_wrapped=False)  # of its own, not of transformers'
 
-    def write(given: inspect.BoundArguments) -> None:
-        ModelCompressor().remove_decompression_hook(model)  # it is about to be added once more
-        # On the way modules are given forwards of their own, and back: the vectors' would be lost.
-        with saved_whole(model, given.arguments["save_directory"]), plain_vectors(model):
-            plain(*given.args, **given.kwargs)
+    def __init__(self, model: nn.Module) -> None:
+        self.stored = [
+            (module, {k: v for k, v in get_direct_state_dict(module).items() if k != "bias"})
+            for module in model.modules()
+            if getattr(module, "quantization_status", None) == QuantizationStatus.COMPRESSED
+        ]
 
-    @wraps(plain)
-    def save_pretrained(*args: Any, **kwargs: Any) -> None:
-        given = signature.bind(*args, **kwargs)
-        compensated = Compensation.attached_to(model) is not None
-        if compensated:
-            _require_compressed(given.arguments)
-        if not (compensated and native):
-            return write(given)
-        out = Path(given.arguments["save_directory"])
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent) as with_vectors:
-            given.arguments["save_directory"] = with_vectors
-            write(given)
-            export(with_vectors, out, engine="vllm")
-
-    model.save_pretrained = save_pretrained
-
-
-def _require_compressed(given: dict[str, Any]) -> None:
-    for name, wanted in (("save_compressed", True), ("quantization_format", None)):
-        if given.get(name, wanted) != wanted:
-            raise BiasCompensationError(
-                f"save_pretrained({name}={given[name]!r}): the vectors belong to the weights as "
-                "they are compressed by the recipe's own scheme; leave it out, or detach them: "
-                "bc_plugin.Compensation.attached_to(model).detach(model)."
-            )
+    def restore(self) -> None:
+        """Give them back to every module whose weight is still what they mean."""
+        for module, stored in self.stored:
+            if module.quantization_status != QuantizationStatus.DECOMPRESSED:
+                continue
+            scheme = module.quantization_scheme
+            compressor = BaseCompressor.get_value_from_registry(scheme.format.value)
+            meant = compressor.decompress(dict(stored), scheme)
+            own = get_direct_state_dict(module)
+            if all(torch.equal(own[name], value) for name, value in meant.items()):
+                others = {name: value for name, value in own.items() if name not in meant}
+                replace_direct_state_dict(module, others | stored)
+                module.quantization_status = QuantizationStatus.COMPRESSED

@@ -16,9 +16,10 @@ from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
 from ..toolkits.run import CompensatedQuantization, left_plain
 from ..vectors import Compensation
-from .compressed import compressed, save_compensated
+from .compressed import compressed
 from .quantizing import follow_gptq, patched
 from .recipe import quantizers_before
+from .saving import save_compensated
 
 DEFAULT = BiasCompensationConfig()
 NOT_FOR_MODELS = ("labels", "loss_mask")  # llm-compressor's own use, and a loss nobody asks for

@@ -80,8 +80,7 @@ def _run(source, recipe, pipeline="independent", data=True, model=None, **settin
         tokenizer=tiny_tokenizer(),
         recipe=recipe,
         pipeline=pipeline,
-        shuffle_calibration_samples=False,
-        **settings,
+        **{"shuffle_calibration_samples": False} | settings,
     )
 
 
@@ -139,6 +138,33 @@ def test_of_awq_only_linears_that_feed_no_rescaled_one_are_left_out(source):
     assert sites == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "0", "1"}
 
 
+def test_without_joint_the_quantizer_does_what_it_would_do(source):
+    models = []
+    for modifiers in ([], [BiasCompensationModifier(joint=False)]):
+        torch.manual_seed(3)
+        settings = {"shuffle_calibration_samples": True, "num_calibration_samples": 4}
+        models.append(_run(source, [*_gptq(), *modifiers], **settings))
+        logits(models[-1])
+    for name, weight in models[0].named_parameters():
+        if name.endswith("proj.weight"):
+            torch.testing.assert_close(models[1].get_parameter(name), weight, rtol=0, atol=1e-6)
+
+
+def test_bfloat16_and_8_bits_that_are_run_before_they_are_saved(source, tmp_path, enabled):
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model = _run(source, [*_nearest(8, symmetric=False), BiasCompensationModifier()], model=model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(logits(loaded), expected)
+    assert torch.equal(logits(model), expected)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight *= 2
+    with pytest.raises(BiasCompensationError, match="this model's weights have"):
+        model.save_pretrained(tmp_path / "changed")
+
+
 def test_a_float_model_that_was_changed_in_memory(source, tmp_path):
     def changed():
         model = _float(source)
@@ -190,6 +216,31 @@ def test_joint_leaves_less_of_the_error(source_with_a_mean, pipeline, positions)
             left[name, joint] = float(((shift @ covariance) * shift).sum())
     for name in ("q_proj", "k_proj", "v_proj"):
         assert left[name, True] < 0.9 * left[name, False]
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_the_hessian_is_that_of_inputs_without_their_mean(
+    source_with_a_mean, monkeypatch, pipeline
+):
+    found, plain = {}, GPTQModifier.compress_module_list
+
+    def compress_module_list(gptq, module_list):
+        modules = list(module_list)
+        names = {gptq._module_names[module]: module for module in modules}
+        found.update({name: gptq._hessians[module].clone() for name, module in names.items()})
+        return plain(gptq, modules)
+
+    monkeypatch.setattr(GPTQModifier, "compress_module_list", compress_module_list)
+    _run(source_with_a_mean, [*_gptq(), BiasCompensationModifier(positions=0)], pipeline)
+    reference = _float(source_with_a_mean).model
+    ids = torch.cat([item["input_ids"] for item in sequences()])
+    with torch.no_grad():
+        inputs = reference.layers[0].input_layernorm(reference.embed_tokens(ids)).flatten(0, 1)
+    centred = (inputs - inputs.mean(0)).double()
+    expected = 2 * centred.T @ centred
+    torch.testing.assert_close(
+        found["model.layers.0.self_attn.q_proj"].double(), expected, rtol=1e-4, atol=1e-3
+    )
 
 
 def test_joint_where_it_cannot_be_honoured(source):
