@@ -18,9 +18,10 @@ from llmcompressor.core import reset_session
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from llmcompressor.modifiers.transform import AWQModifier
+from llmcompressor.modifiers.transform import AWQModifier, SmoothQuantModifier
 from rig.cpu_shims import llmcompressor_awq_on_cpu
 from rig.subjects.tiny import logits, sequences, tiny_checkpoint, tiny_tokenizer
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 import bc_plugin
@@ -179,6 +180,53 @@ def test_a_float_model_that_was_changed_in_memory(source, tmp_path):
     assert by_hand.vectors.keys() == found.vectors.keys()
     for name, vectors in by_hand.vectors.items():
         torch.testing.assert_close(found.vectors[name], vectors)
+
+
+def test_the_float_weights_are_read_from_their_files_again(source):
+    kept = []
+
+    class Remembers(BiasCompensationModifier):
+        def on_calibration_end(self, *args, **kwargs):
+            kept.append(self._run.float_blocks)
+
+    _run(source, [*_gptq(), Remembers()])
+    copied = {name for name, key in kept[0].copies if key.endswith("proj.weight")}
+    assert not copied
+    assert len([key for _, key in kept[0].files if key.endswith("proj.weight")]) == 2 * 7
+
+
+@pytest.mark.parametrize("recipe", ("GPTQ", "nearest"))
+def test_batches_with_padding(source, recipe):
+    batches = [torch.cat([item["input_ids"] for item in sequences()[n : n + 2]]) for n in (0, 2, 4)]
+    masks = [torch.ones_like(batch) for batch in batches]
+    for mask in masks:
+        mask[0, :5] = 0
+    items = [
+        {"input_ids": batch, "attention_mask": mask}
+        for batch, mask in zip(batches, masks, strict=True)
+    ]
+    loader = DataLoader(items, batch_size=None)
+    model = oneshot(
+        model=_float(source),
+        dataset=loader,
+        tokenizer=tiny_tokenizer(),
+        recipe=[*RECIPES[recipe](), BiasCompensationModifier()],
+    )
+    found = Compensation.attached_to(model)
+    found.detach(model)
+    by_hand = bc_plugin.compensate(model, _float(source), items)
+    assert by_hand.vectors.keys() == found.vectors.keys()
+    for name, vectors in by_hand.vectors.items():
+        torch.testing.assert_close(found.vectors[name], vectors)
+
+
+def test_smoothquant_leaves_the_blocks(source):
+    recipe = [SmoothQuantModifier(), *_w8a8(), BiasCompensationModifier(held_out=0)]
+    with pytest.warns(UserWarning, match="Only outputs of blocks were compensated"):
+        model = _run(source, recipe)
+    compensation = Compensation.attached_to(model)
+    assert set(compensation.vectors) == {"model.layers.0", "model.layers.1"}
+    assert all(errors.after <= errors.before for errors in compensation.errors.values())
 
 
 # Joint
@@ -364,6 +412,12 @@ def test_the_page_says_what_works():
 
 
 # Errors
+
+
+def test_several_ranks(source, monkeypatch):
+    monkeypatch.setattr("bc_plugin.llmcompressor.modifier.is_distributed", lambda: True)
+    with pytest.raises(BiasCompensationError, match="several ranks"):
+        _run(source, [*_nearest(), BiasCompensationModifier()])
 
 
 @pytest.mark.parametrize(
