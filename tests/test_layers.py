@@ -22,6 +22,7 @@ BANDS = (
     ("shift", "refinement", "engines"),
     ("compensate", "refine", "export", "evaluate"),
     ("toolkits",),
+    ("llmcompressor",),
     ("patches", "serving"),
     ("enable",),
     ("",),

@@ -181,13 +181,13 @@ def run_compensated(
     with CompensatedQuantization(model, config, as_quantized) as run:
         result = quantize()
         quantized = outcome(result)
-        with _left_plain(run, quantized):
+        with left_plain(run, quantized):
             run.finish(quantized, copy_to_run)
     return result
 
 
 @contextmanager
-def _left_plain(run: CompensatedQuantization, quantized: nn.Module) -> Iterator[None]:
+def left_plain(run: CompensatedQuantization, quantized: nn.Module) -> Iterator[None]:
     """What fails here leaves a quantized model that says of itself what it is."""
     try:
         yield

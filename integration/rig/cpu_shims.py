@@ -1,4 +1,4 @@
-"""What AutoGPTQ 0.7.1 and AutoAWQ 0.2.9 need to run without a GPU. For tests only."""
+"""What AutoGPTQ, AutoAWQ and llm-compressor's AWQ need to run without a GPU. For tests only."""
 
 from __future__ import annotations
 
@@ -107,4 +107,13 @@ def autoawq_on_cpu():
         mock.patch.object(base, "get_best_device", lambda: "cuda:0"),
         mock.patch.object(gemm.WQLinear_GEMM, "forward", forward),
     ):
+        yield
+
+
+@contextmanager
+def llmcompressor_awq_on_cpu():
+    """While this lasts, llm-compressor 0.14's AWQ pins no memory for a GPU that is not there."""
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    with mock.patch.object(IntermediatesCache, "pin_memory", lambda *a: None):
         yield
