@@ -22,6 +22,7 @@ from ..vectors.entry import FORMAT_VERSION
 from ..vectors.fields import require_fields
 from ..vectors.joint import saved_without
 from ..vectors.sealed import unseal
+from ..vectors.short_names import expand
 from .loading import attach_when_loaded
 from .methods import until_attached
 from .refusals import naming_the_export
@@ -47,9 +48,11 @@ class BiasCompensationConfig(QuantizationConfig):
         """
         VLLM.check(otherwise="")
         plain = unseal(config)
-        _require_vectors(plain.pop(KEY))
+        entry = plain.pop(KEY)
+        _require_vectors(entry)
         with naming_the_export():
             inner = get_quantization_config(_chosen_by_vllm(plain)).from_config(plain)
+        inner.compensated_blocks = [n for s in entry["sites"].get("block", ()) for n in expand(s)]
         return compensated(inner)
 
 
@@ -63,6 +66,14 @@ class Compensated(QuantizationConfig):
         if isinstance(layer, LinearBase) and isinstance(method, LinearMethodBase):
             until_attached(method)
         return method
+
+    def maybe_update_config(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's own, which may take a block with a vector, and nothing else, for unquantized."""
+        super().maybe_update_config(*args, **kwargs)
+        skipped = getattr(self, "modules_to_not_convert", None)
+        if skipped:
+            blocks = set(self.compensated_blocks)
+            self.modules_to_not_convert = [name for name in skipped if name not in blocks]
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Vectors are no parameters of vLLM's models; they are read once all else is in place."""
