@@ -70,10 +70,7 @@ def read_compensation(
         if bound:
             require_bound(entry, files)
         return compensation
-    try:  # only safetensors files can be looked into without reading all of them
-        vectors = read_vectors(file for file in files if str(file).endswith(".safetensors"))
-    except BiasCompensationError:
-        return None  # it is none of ours, and what is wrong with it the loader will say
+    vectors = _vectors_if_readable(files)
     if vectors:
         raise BiasCompensationError(
             f"{folder} holds {len(vectors)} compensation tensors, the first is "
@@ -113,7 +110,7 @@ def reading_config(checkpoint: str | Path) -> Iterator[None]:
         yield
     except Exception as error:
         path = Path(checkpoint, CONFIG)
-        if not path.is_file() or not _vectors_if_readable(path.parent):
+        if not path.is_file() or not _vectors_if_readable([path.parent]):
             raise
         if isinstance(read_json(path), dict):
             raise
@@ -122,10 +119,14 @@ def reading_config(checkpoint: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _vectors_if_readable(checkpoint: Path) -> dict[str, Tensor]:
-    """The vectors in a checkpoint that may be none of ours, whatever else is wrong with it."""
+def _vectors_if_readable(paths: Iterable[str | Path]) -> dict[str, Tensor]:
+    """The vectors of a checkpoint that may be none of ours: what is wrong with it others will say.
+
+    Args:
+        paths: Its folder, or its files.
+    """
     try:  # only safetensors files can be looked into without reading all of them
-        files = checkpoint_files(checkpoint)
+        files = [file for path in paths for file in checkpoint_files(path)]
         return read_vectors(file for file in files if file.suffix == ".safetensors")
     except BiasCompensationError:
         return {}
