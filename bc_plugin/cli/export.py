@@ -10,7 +10,6 @@ import typer
 from ..files import check_out
 from ..models.architectures import ENGINES
 from ..names import KEY
-from ..vectors.settings import read_settings
 from .arguments import check_loading, model_config, one_of
 from .options import (
     DeviceMap,
@@ -45,6 +44,7 @@ def export(
     check_loading("auto", device_map)
 
     from .. import export as run
+    from ..vectors.settings import read_settings
 
     with making(out):
         run(
