@@ -22,11 +22,13 @@ from .models.modules import copy_of, device_of, dtype_of, evaluating
 from .models.offloaded import require_in_memory
 from .models.repacked import require_as_stored
 from .names import KEY
+from .ranks import add_up, are_several, require_same
 from .shift.fitting import FittedScales
 from .shift.inside import measure_block, measure_linears
 from .shift.messages import (
     NOTHING_COMPARABLE,
     ONLY_EXPERTS,
+    OTHER_RANKS,
     RESCALED,
     UNCHANGED,
     about_experts,
@@ -147,6 +149,8 @@ class _Pass:
 
     def run(self) -> Compensation:
         """Compensate what is outside of the blocks, then block after block."""
+        if are_several():  # a digest takes its time
+            require_same(weights_of(self.model, self.paths), OTHER_RANKS)
         if self.live and "linear" in self.config.sites:
             self._compensate_outside()
         for blocks in self.lists:
@@ -195,6 +199,7 @@ class _Pass:
             self.config.positions == "all",
             self.dtype,
         )
+        _add_up(sites.values())
         for name in kinds:
             if name not in sites:
                 tqdm.write(f"{name}: left out, the calibration data never reaches it")
@@ -220,6 +225,7 @@ class _Pass:
             if self.scales.fit(name, number, reference, own, *settings):
                 quantized = self.copy_to_run(own)
             sites, outputs = measure_linears(name, number, reference, quantized, *settings)
+            _add_up(sites)
         self.experts += [f"{name}.{path}" for path in experts]
         stood_for = "block" in self.config.sites and bool(changed or experts)
         self.changed |= bool(changed) or stood_for
@@ -234,6 +240,7 @@ class _Pass:
             linear = {path.removeprefix(f"{name}."): self.vectors[path] for path in kept}
             settings = linear, self.stream, self.positions, outputs, self.dtype
             block = measure_block(name, number, quantized, *settings)
+            _add_up([block])
             if not sites:
                 require_same_block(block)
             self._keep(block)
@@ -248,3 +255,8 @@ class _Pass:
             self.kinds[site.name] = site.kind
             self.vectors[site.name], self.errors[site.name] = found
         return found is not None
+
+
+def _add_up(sites: Iterable[Site]) -> None:
+    """What ranks that act as one have measured, so that all of them go on alike."""
+    add_up(*(statistics for site in sites for statistics in site.statistics))

@@ -73,7 +73,7 @@ def test_tokens_with_a_vector_of_their_own_and_padding_do_not_count(monkeypatch,
     fitted = InputCovariance.fitted
 
     def noted(inputs):
-        counts.append(tuple(inputs.counts))
+        counts.append(tuple(moments.count for moments in inputs.moments))
         return fitted(inputs)
 
     monkeypatch.setattr(InputCovariance, "fitted", noted)

@@ -16,7 +16,7 @@ PATCHES = ROOT.parent / "patches"
 # From the ground up. A package stands for all of its files; "" is the package itself.
 BANDS = (
     ("errors", "names", "marks"),
-    ("files", "texts", "config", "supported"),
+    ("files", "texts", "config", "supported", "ranks"),
     ("models",),
     ("vectors", "calibration"),
     ("shift", "refinement", "engines"),

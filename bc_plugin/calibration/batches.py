@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
 from ..models.calls import Batch
+from ..ranks import gathered, place_of
 from .items import checked_items
 
 
@@ -81,29 +82,38 @@ def rebatch(items: Iterable[Any], batch_tokens: int) -> list[Batch]:
 def spread(items: Sequence[Any], max_tokens: int | None) -> list[Any]:
     """Items of about ``max_tokens`` tokens together, taken from all over the data.
 
-    Images and sounds are all used: a class token, or a patch, is seen but once in each.
+    Images and sounds are all used: a class token, or a patch, is seen but once in each. Of several
+    ranks each has its part of the data, and takes of it what would be taken of the whole, at least
+    one item.
     """
     items = list(items)
     inputs = checked_items(items)
-    if max_tokens is None or any(_is_images(item) or _is_sound(item) for item in inputs):
+    whole = max_tokens is None or any(_is_images(item) or _is_sound(item) for item in inputs)
+    if any(gathered(whole)):
         return items
-    tokens = sum(map(_tokens, inputs))
-    count = min(len(items), max(2, math.ceil(len(items) * max_tokens / max(tokens, 1))))
-    return [items[i * len(items) // count] for i in range(count)]
+    tokens = sum(gathered(sum(map(_tokens, inputs))))
+    start, total = place_of(len(items))
+    count = min(total, max(2, math.ceil(total * max_tokens / max(tokens, 1))))
+    chosen = {i * total // count for i in range(count)}
+    return [item for i, item in enumerate(items, start) if i in chosen] or items[:1]
 
 
 def split_held_out(items: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
     """Keep a share of the items apart: every n-th one, so that both parts see all of the data.
 
-    At least one item stays on each side where there are two or more and ``share`` is above 0.
+    At least one item stays on each side where there are two or more and ``share`` is above 0. Of
+    several ranks each keeps apart what would be of the whole, but never all that it has.
     """
     items = list(items)
-    count = min(round(len(items) * share) or (share > 0), len(items) - 1)
+    start, total = place_of(len(items))
+    count = min(round(total * share) or (share > 0), total - 1)
     if count <= 0:
         return items, []
-    apart = {(2 * i + 1) * len(items) // (2 * count) for i in range(count)}
+    apart = {(2 * i + 1) * total // (2 * count) - start for i in range(count)}
+    if apart.issuperset(range(len(items))):
+        return items[:1], items[1:]
     kept = [item for i, item in enumerate(items) if i not in apart]
-    return kept, [items[i] for i in sorted(apart)]
+    return kept, [item for i, item in enumerate(items) if i in apart]
 
 
 def calibration_batches(

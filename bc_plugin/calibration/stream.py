@@ -16,6 +16,7 @@ from ..models.calls import Batch, BlockCalls
 from ..models.modules import device_of
 from ..models.record import record_calls
 from ..models.stream_check import check_stream
+from ..ranks import gathered
 from .batches import calibration_batches
 
 
@@ -71,13 +72,13 @@ def prepare_stream(
         if checked:
             check_stream(model, blocks, _first_sequence(fitted[0]))
         stream = list(record_calls(model, blocks, fitted, device))
-    longest = max(int(calls.index.max()) + 1 for calls in stream)
+    longest = max(gathered(max(int(calls.index.max()) + 1 for calls in stream)))
     if config.positions != "all" and longest <= config.positions:
         raise BiasCompensationError(
             f"the longest calibration sequence has {longest} tokens; positions={config.positions} "
             f"needs more than {config.positions}, so that later tokens have a mean too."
         )
-    if config.keep_only_if_better and not apart:
+    if config.keep_only_if_better and not any(gathered(bool(apart))):
         raise BiasCompensationError(
             "keep_only_if_better needs at least two calibration sequences, one to be held out."
         )

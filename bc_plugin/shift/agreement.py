@@ -31,6 +31,8 @@ EACH = 128  # of one batch
 class Covariances:
     """Of each channel of several tensors with each other, over batches of tokens."""
 
+    SUMS = ("tokens", "sums", "products")
+
     def __init__(self) -> None:
         self.tokens = 0
         self.sums: Tensor | None = None

@@ -13,7 +13,45 @@ from ..models.calls import BlockCalls
 from ..models.modules import device_of, dtype_of, gives_features
 from ..models.positions import site_index, vector_rows
 from ..models.rows import sums
+from ..ranks import add_up, are_several, gathered, require_same
 from .rescaling import Rescaling
+
+OTHER_INPUTS = (
+    "{}: the ranks' calibration data does not reach the same linears, or gives other ones the same "
+    "inputs, so scales cannot be fitted; give each rank a share of data of one kind."
+)
+
+
+class Moments:
+    """Sums of tokens less an estimate of their mean, and of their products, float64."""
+
+    SUMS = ("count", "total", "products")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Tensor | None = None
+        self.products: Tensor | None = None
+
+    def update(self, inputs: Tensor) -> None:
+        """Add tokens, (tokens, features)."""
+        self.count += len(inputs)
+        total, products = sums(inputs), (inputs.T @ inputs).double()
+        self.total = total if self.total is None else self.total.add_(total)
+        self.products = products if self.products is None else self.products.add_(products)
+
+    def move(self, by: Tensor) -> None:
+        """Turn to another estimate, ``by`` larger, float64 (features,)."""
+        if self.count:
+            cross = self.total.outer(by)
+            self.products -= cross + cross.T - self.count * by.outer(by)
+            self.total = self.total - self.count * by
+
+    def mean(self) -> Tensor:
+        return self.total / self.count
+
+    def covariance(self) -> Tensor:
+        mean = self.mean()
+        return self.products / self.count - mean.outer(mean)
 
 
 class InputCovariance:
@@ -25,36 +63,35 @@ class InputCovariance:
 
     def __init__(self) -> None:
         self.estimate: Tensor | None = None
-        self.counts = [0, 0]
-        self.totals: list[Tensor | None] = [None, None]
-        self.products: list[Tensor | None] = [None, None]
+        self.moments = Moments(), Moments()
 
     def update(self, inputs: Tensor, apart: bool) -> None:
         """Add tokens, (tokens, in_features)."""
         inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
         if self.estimate is None:
             self.estimate = inputs.mean(0)
-        inputs = inputs - self.estimate
-        part = int(apart)
-        self.counts[part] += len(inputs)
-        for kept, new in (
-            (self.totals, sums(inputs)),
-            (self.products, (inputs.T @ inputs).double()),
-        ):
-            kept[part] = new if kept[part] is None else kept[part].add_(new)
+        self.moments[apart].update(inputs - self.estimate)
+
+    def add_up(self) -> None:
+        """Make the sums those over all ranks, each of which has estimated for itself."""
+        estimates = gathered(self.estimate.cpu().double())
+        common = torch.stack(estimates).mean(0).to(self.estimate.device)
+        for moments in self.moments:
+            moments.move(common - self.estimate)
+        self.estimate = common
+        add_up(*self.moments)
 
     def fitted(self) -> Tensor:
         """Of the tokens to fit to, float64 (in_features, in_features)."""
-        mean = self.totals[0] / self.counts[0]
-        return self.products[0] / self.counts[0] - mean.outer(mean)
+        return self.moments[False].covariance()
 
     def apart(self) -> Tensor | None:
         """The same of those held out, about the mean that the bias takes out: the others'."""
-        if not self.counts[1]:
+        fitted, apart = self.moments
+        if not apart.count:
             return None
-        taken, mean = self.totals[0] / self.counts[0], self.totals[1] / self.counts[1]
-        left = self.products[1] / self.counts[1] - mean.outer(mean)
-        return left + (mean - taken).outer(mean - taken)
+        off = apart.mean() - fitted.mean()
+        return apart.covariance() + off.outer(off)
 
 
 def input_covariances(
@@ -81,6 +118,7 @@ def input_covariances(
     """
     set_apart = min(positions, 1)  # a mean of its own for each would leave little
     found: dict[str, InputCovariance] = {}
+    leaders: dict[str, str] = {}
     given: dict[str, Tensor] = {}
     current: BlockCalls | None = None
 
@@ -96,6 +134,7 @@ def input_covariances(
                     f"{name}: {leader} and {path} are given the same inputs in one batch and not "
                     "in another, which scales cannot be fitted to."
                 )
+            leaders[path] = leader
             if leader == path:
                 site = f"{name}.{path}"
                 where = current.index, current.context
@@ -114,6 +153,11 @@ def input_covariances(
             given.clear()
             # Not lasting: the block is run again on the same calls.
             current.run(reference, number, device_of(reference), dtype_of(reference))
+    if are_several():
+        require_same(leaders, OTHER_INPUTS.format(name))
+        for path, leader in leaders.items():
+            if path == leader:
+                found[path].add_up()
     return found
 
 

@@ -35,6 +35,10 @@ RESCALED = (
     "bias_compensation=True in the toolkit, or pass the model just before it was rounded, to "
     "compensate linears, too."
 )
+OTHER_RANKS = (
+    "the quantized models of the ranks are not the same: each has quantized for itself. Have all "
+    "of them load one checkpoint, or, in a toolkit, the float model as it asks for with ranks."
+)
 OTHER_MODEL = (
     "the quantized model's {name} gives outputs that do not follow those of the float model's "
     "(correlation {correlation:.2f}), so it was not quantized from this float model as it is. Pass "

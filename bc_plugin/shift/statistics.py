@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -78,6 +80,11 @@ class Site:
         if not (apart or self.agreement.is_full):
             self._agree(reference, output, rows, keep, given)
 
+    @property
+    def statistics(self) -> tuple[Any, ...]:
+        """Everything that is summed up."""
+        return self.fitted, self.apart, self.agreement.together, self.agreement.channels
+
     def _agree(
         self,
         reference: Tensor,
@@ -111,6 +118,8 @@ class ShiftStatistics:
     Args:
         positions: Number of leading positions with a row of their own.
     """
+
+    SUMS = ("count", "total", "squares")
 
     def __init__(self, positions: int) -> None:
         self.positions = positions

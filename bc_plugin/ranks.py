@@ -1,0 +1,128 @@
+"""Several processes with one model, each with its share of the data: torchrun's ranks.
+
+Whoever wants them to act as one says so, ``with together()``; then all of them must come to every
+function here, in the same order. Without it each process is by itself, as in programs that use
+torch.distributed for something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import BiasCompensationError
+
+T = TypeVar("T")
+
+_together: ContextVar[bool] = ContextVar("_together", default=False)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """While it lasts the ranks of torch.distributed, where there are several, act as one."""
+    token = _together.set(True)
+    try:
+        yield
+    finally:
+        _together.reset(token)
+
+
+def are_several() -> bool:
+    """Whether this process acts as one with others."""
+    initialized = dist.is_available() and dist.is_initialized()
+    return _together.get() and initialized and dist.get_world_size() > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files."""
+    return not are_several() or dist.get_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Go on when every rank has come here."""
+    if are_several():
+        dist.barrier()
+
+
+def gathered(value: T) -> list[T]:
+    """What every rank gives, in their order; to be pickled, so nothing large, and no GPU's."""
+    if not are_several():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def place_of(count: int) -> tuple[int, int]:
+    """Where this rank's ``count`` items begin among those of all, and how many these are."""
+    if not are_several():
+        return 0, count
+    counts = gathered(count)
+    return sum(counts[: dist.get_rank()]), sum(counts)
+
+
+def require_same(value: Any, what: str) -> None:
+    """Refuse to go on with ranks that differ.
+
+    Raises:
+        BiasCompensationError: ``value`` is not the same on all; ``what`` it means, as a sentence.
+    """
+    if any(other != value for other in gathered(value)):
+        raise BiasCompensationError(what)
+
+
+def add_up(*holders: Any) -> None:
+    """Make of each holder's sums those over all ranks, the same on each of them.
+
+    Args:
+        holders: As many, in the same order, on every rank. The class of each names its sums in
+            ``SUMS``: attributes that are numbers, tensors, or None where there is nothing yet.
+            Tensors stay on their devices.
+
+    Raises:
+        BiasCompensationError: the ranks have sums of other things.
+    """
+    if not are_several():
+        return
+    sums = [(holder, name) for holder in holders for name in holder.SUMS]
+    kinds = gathered([_kind(getattr(holder, name)) for holder, name in sums])
+    found = [{kind for kind in same if kind is not None} for same in zip(*kinds, strict=False)]
+    if len({len(each) for each in kinds}) > 1 or any(len(same) > 1 for same in found):
+        raise BiasCompensationError(
+            "the ranks' calibration data does not come to the same modules in the same shapes; "
+            "give each rank a share of data of one kind."
+        )
+    for (holder, name), kind in zip(sums, found, strict=True):
+        if kind:
+            setattr(holder, name, _summed(getattr(holder, name), *kind))
+
+
+def _kind(value: Any) -> type | tuple[int, ...] | None:
+    """What sums have to have in common."""
+    if value is None:
+        return None
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value)
+
+
+def _summed(value: Any, kind: type | tuple[int, ...]) -> Any:
+    shape = kind if isinstance(kind, tuple) else ()
+    total = torch.zeros(shape, dtype=torch.float64, device=_device())
+    if value is not None:
+        total += torch.as_tensor(value, dtype=torch.float64).to(total.device)
+    dist.all_reduce(total)
+    if not isinstance(kind, tuple):
+        return kind(total.item())
+    return total.to(value) if isinstance(value, Tensor) else total
+
+
+def _device() -> torch.device:
+    """Where the ranks exchange tensors: most backends know those of accelerators only."""
+    if dist.get_backend() == "gloo" or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator()
