@@ -7,15 +7,17 @@ from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.offload import is_distributed
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr, model_validator
 
 from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
+from ..ranks import are_several, require_same, together, wait_for_all
+from ..shift.messages import OTHER_RANKS
 from ..toolkits.run import CompensatedQuantization, left_plain
 from ..vectors import Compensation
+from ..vectors.weights import weights_of
 from .compressed import compressed
 from .quantizing import follow_gptq, patched
 from .recipe import quantizers_before
@@ -32,7 +34,8 @@ class BiasCompensationModifier(Modifier):
     float blocks are kept when the recipe is initialized: read from the model's folder again where
     they stand there, copied to the CPU where they do not. The vectors are computed when the recipe
     is finalized, and attached to the model, whose weights are compressed by then; as ever, they are
-    decompressed when the model is first run. ``model.save_pretrained`` writes both.
+    decompressed when the model is first run. ``model.save_pretrained`` writes both. Of several ranks
+    each has its share of the data; sums, and so vectors and scales, are those of all.
 
     Args:
         joint: None and True let ``GPTQModifier`` know that biases will follow. For any other
@@ -42,7 +45,8 @@ class BiasCompensationModifier(Modifier):
 
     Raises:
         BiasCompensationError: a setting is out of range; nothing before the modifier quantizes
-            weights; there is no calibration data; or whatever ``bc_plugin.compensate`` raises.
+            weights; there is no calibration data; several ranks are to refine, or have quantized
+            apart; or whatever ``bc_plugin.compensate`` raises.
     """
 
     requires_calibration_data: bool = True
@@ -83,12 +87,6 @@ class BiasCompensationModifier(Modifier):
         """Check recipe and data, and keep the float blocks, before anything is quantized."""
         quantizers = quantizers_before(self)
         config = replace(self._config(), joint=self._joins(quantizers))
-        if is_distributed():
-            raise BiasCompensationError(
-                "BiasCompensationModifier works in one process, and here are several ranks. "
-                "Quantize without it, and compensate the saved checkpoint with `bc-plugin "
-                "compensate`."
-            )
         if Compensation.attached_to(state.model) is not None:
             raise BiasCompensationError(
                 "the model is compensated already; start from the float model, or detach it "
@@ -96,13 +94,19 @@ class BiasCompensationModifier(Modifier):
             )
         batches = _batches(state)
         with ExitStack() as stack:
+            stack.enter_context(together())
+            if self.refine_steps and are_several():
+                raise BiasCompensationError(
+                    "BiasCompensationModifier: refine_steps with several ranks; training works in "
+                    "one process. Leave it out, and refine what is saved with `bc-plugin refine`."
+                )
             stack.enter_context(patched())
             self._run = stack.enter_context(
                 CompensatedQuantization(state.model, config, lambda _, block: block)
             )
             self._run.start(batches)
             if self._run.joint is not None:
-                stack.enter_context(follow_gptq(state.model, self._run.blocks))
+                stack.enter_context(follow_gptq(state.model, self._run.joint))
             self._until_finalized = stack.pop_all()
         return True
 
@@ -126,6 +130,10 @@ class BiasCompensationModifier(Modifier):
         with self._until_finalized:
             if run is None or not self.ended_:  # the recipe was given up half way
                 return True
+            if are_several():
+                wait_for_all()
+                # Compressed, a weight that its rank alone has quantized may be another's.
+                require_same(weights_of(state.model, [run.blocks.path]), OTHER_RANKS)
             with left_plain(run, state.model), compressed(state.model):
                 run.finish(state.model)
         save_compensated(state.model, self.native)

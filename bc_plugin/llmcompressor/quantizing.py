@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
 from ..marks import mark, mark_of, unmark
-from ..models.blocks import Blocks
-from ..models.modules import linears_of
+from ..ranks import wait_for_all
 from ..supported import SUPPORTED
 from ..toolkits.awq import record
-from ..toolkits.joint import CentredInputs, centred_inputs, weight_of
+from ..toolkits.joint import CentredInputs, JointGPTQ, weight_of
 from ..toolkits.patch import Applied, Patch, Toolkit, argument
 
 
 @contextmanager
-def follow_gptq(model: nn.Module, blocks: Blocks) -> Iterator[None]:
+def follow_gptq(model: nn.Module, joint: JointGPTQ) -> Iterator[None]:
     """While it lasts, linears are known by themselves: their weights may go to other devices."""
-    linears = [
-        linear for name in blocks.names for _, linear in linears_of(model.get_submodule(name))
-    ]
-    for linear in linears:
-        inputs = centred_inputs(linear)
-        if inputs is not None:
-            mark(linear, inputs)
+    linears = {model.get_submodule(name): inputs for name, inputs in joint.inputs.items()}
+    for linear, inputs in linears.items():
+        mark(linear, inputs)
     try:
         yield
     finally:
@@ -43,17 +38,31 @@ def _inputs_are_added(wrapped: Any, gptq: Any, args: tuple, kwargs: dict) -> Any
 
 
 def _linears_are_quantized(wrapped: Any, gptq: Any, args: tuple, kwargs: dict) -> Any:
-    modules = list(argument("module_list", 0, args, kwargs))
-    joint = [(module, mark_of(module, CentredInputs)) for module in modules]
-    joint = [(module, inputs) for module, inputs in joint if inputs is not None]
+    """Around all of it: every rank has a share of each Hessian, and the weights in the end."""
+    joint = _joint(gptq._hessians)
     for module, inputs in joint:
         # Hessians are sums here; the toolkit divides them by the number of samples later.
-        inputs.finish(gptq._hessians[module], 1)
+        inputs.take_out(gptq._hessians[module], 1)
     weights = [weight_of(module) for module, _ in joint]
-    result = wrapped(modules)
+    wait_for_all()  # offloaded weights are shared, and others write into them
+    result = wrapped(*args, **kwargs)
+    wait_for_all()  # the toolkit itself does not, and would go on with weights not yet written
     for (module, inputs), weight in zip(joint, weights, strict=True):
         inputs.follow(module, weight, weight_of(module))
     return result
+
+
+def _hessians_are_used(wrapped: Any, gptq: Any, args: tuple, kwargs: dict) -> Any:
+    """Around the linears that this rank quantizes, whose Hessians are whole by now."""
+    modules = list(argument("module_list", 0, args, kwargs))
+    for module, inputs in _joint(modules):
+        inputs.keep_constant(gptq._hessians[module])
+    return wrapped(modules)
+
+
+def _joint(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, CentredInputs]]:
+    found = [(module, mark_of(module, CentredInputs)) for module in modules]
+    return [(module, inputs) for module, inputs in found if inputs is not None]
 
 
 def _scales_are_found(wrapped: Any, awq: Any, args: tuple, kwargs: dict) -> Any:
@@ -77,7 +86,8 @@ WHILE_IT_RUNS = Toolkit(
     supported=SUPPORTED["llmcompressor"],
     quantizing=(
         Patch(f"{GPTQ}.calibrate_module", _inputs_are_added, ("module", "args")),
-        Patch(f"{GPTQ}.compress_module_list", _linears_are_quantized, ("module_list",)),
+        Patch(f"{GPTQ}.compress_modules", _linears_are_quantized),
+        Patch(f"{GPTQ}.compress_module_list", _hessians_are_used, ("module_list",)),
         Patch(f"{AWQ}._compute_best_scale", _scales_are_found, ("mapping",)),
     ),
 )

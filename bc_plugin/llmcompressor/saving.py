@@ -5,10 +5,16 @@ from __future__ import annotations
 import inspect
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from compressed_tensors.distributed import is_source_process
+from compressed_tensors.offload import as_single_threaded
+from llmcompressor.transformers.compression.compressed_tensors_utils import (
+    suspend_distributed_timeout,
+)
 from torch import nn
 
 from ..errors import BiasCompensationError
@@ -23,6 +29,8 @@ def save_compensated(model: nn.Module, native: bool) -> None:
 
     llm-compressor has put its own function on the model, which writes the settings last.
 
+    With several ranks all of them have to call it, as ever, and the first one writes.
+
     Args:
         model: Compressed.
         native: Whether to write plain biases, in a folder that must not exist.
@@ -32,7 +40,9 @@ def save_compensated(model: nn.Module, native: bool) -> None:
 
     def write(given: inspect.BoundArguments) -> None:
         # On the way modules are given forwards of their own, and back: the vectors' would be lost.
-        with saved_whole(model, given.arguments["save_directory"]), plain_vectors(model) as vectors:
+        folder = given.arguments["save_directory"]
+        bound = saved_whole(model, folder) if is_source_process() else nullcontext()
+        with bound, plain_vectors(model) as vectors:
             integers.restore()
             with compressed(model):
                 if vectors is not None:
@@ -51,7 +61,10 @@ def save_compensated(model: nn.Module, native: bool) -> None:
         with tempfile.TemporaryDirectory(dir=out.parent) as with_vectors:
             given.arguments["save_directory"] = with_vectors
             write(given)
-            export(with_vectors, out, engine="vllm")
+            with suspend_distributed_timeout():
+                if is_source_process():
+                    with as_single_threaded():  # it loads the result, alone
+                        export(with_vectors, out, engine="vllm")
 
     model.save_pretrained = save_pretrained
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .blocks import Blocks
-from .modules import device_of
+from .modules import device_of, stop_offloading
 from .offloaded import require_in_memory
 
 
@@ -94,8 +94,15 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _without_weights(block: nn.Module) -> nn.Module:
     """A copy of ``block`` on the meta device; the weights themselves are never copied."""
-    memo = {id(t): _meta(t) for t in _tensors(block).values()}
-    return copy.deepcopy(block, memo)
+    stored = (
+        getattr(tensors, "offloaded_values", tensors)  # of compressed-tensors, which lends copies
+        for module in block.modules()
+        for tensors in (module._parameters, module._buffers)
+    )
+    memo = {id(t): _meta(t) for each in stored for t in each.values() if t is not None}
+    skeleton = copy.deepcopy(block, memo)
+    stop_offloading(skeleton, to_device=False)
+    return skeleton
 
 
 def _meta(tensor: Tensor) -> Tensor:

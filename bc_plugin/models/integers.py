@@ -8,6 +8,7 @@ another order, is found out, since what it gives is then not whole.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
-from .modules import widths_of
+from ..ranks import are_several
+from .modules import stop_offloading, widths_of
 
 FORMATS = "GPTQ, AWQ (gemm) and compressed-tensors (pack-quantized)"
 
@@ -91,9 +93,13 @@ def integer_weights(
     """
     stored = {path: stored_scales(path, block.get_submodule(path)) for path in paths}
     found = {}
+    if are_several():  # and share the tensors, maybe
+        block = copy.deepcopy(block)
+        stop_offloading(block)
     with ExitStack() as probing:
         probes = {}
-        for path, (scales, _) in stored.items():
+        for path in stored:
+            scales, _ = stored_scales(path, block.get_submodule(path))
             probes[path] = _powers_of_two(scales)
             probing.enter_context(holding(scales, probes[path]))
             bias = getattr(block.get_submodule(path), "bias", None)

@@ -22,6 +22,7 @@ def copy_of(block: nn.Module) -> nn.Module:
     # Tensors that wrap others (optimum-quanto's) cannot be copied; nothing repacks them either.
     shared = {id(t): t for t in block.parameters() if is_traceable_wrapper_subclass(t)}
     twin = copy.deepcopy(block, shared)
+    stop_offloading(twin)
     for module in twin.modules():
         # What compressed-tensors does to the whole model, for good, when that is first run.
         if getattr(module, "quantization_status", None) == "compressed":
@@ -29,6 +30,21 @@ def copy_of(block: nn.Module) -> nn.Module:
 
             decompress_module(module)
     return twin
+
+
+def stop_offloading(copied: nn.Module, to_device: bool = True) -> None:
+    """Let a copy keep its weights itself that it has of a module compressed-tensors offloads.
+
+    With several ranks each change of an offloaded weight is one that all of them have to make.
+
+    Args:
+        to_device: Whether they go where they are used, and do not stay where they are.
+    """
+    for module in copied.modules():
+        if hasattr(module, "_original_forward_func"):
+            from compressed_tensors.offload.module import remove_module_offload
+
+            remove_module_offload(module, onload_tensors=to_device)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from ..errors import BiasCompensationError
 from ..models.calls import BlockCalls
 from ..models.integers import IntegerWeight, integer_weights
 from ..models.mixers import convolved_linears
+from ..ranks import wait_for_all
 from ..vectors.weights import forget_floats
 from .covariance import input_covariances
 from .messages import NO_SCALES, about_scales
@@ -77,7 +78,7 @@ class FittedScales:
         weights = integer_weights(block, linears, self.copy_to_run, dtype)
         given = input_covariances(name, number, reference, linears, stream, positions, rescaling)
         known: dict[int, tuple[Tensor, Tensor | None]] = {}
-        changed = False
+        fitted: dict[str, Tensor] = {}
         for path, inputs in given.items():
             if id(inputs) not in known:
                 known = {id(inputs): (inputs.fitted(), inputs.apart())}
@@ -88,9 +89,12 @@ class FittedScales:
                 self.left.append(f"{name}.{path}")
                 continue
             self.before[f"{name}.{path}"] = weights[path], weights[path].scales
+            fitted[path] = scales
+        wait_for_all()  # ranks may share the tensors, and some still read them
+        for path, scales in fitted.items():
             weights[path].write(scales)
-            changed = True
-        return changed
+        wait_for_all()
+        return bool(fitted)
 
     def conclude(self, model: nn.Module) -> set[str]:
         """The linears of ``model`` with new scales; those that keep theirs are told.

@@ -22,6 +22,7 @@ from ..models.mixers import convolved_linears
 from ..models.modules import linears_of
 from ..models.positions import call_arguments, token_index, vector_rows
 from ..models.tracker import PositionTracker
+from ..ranks import add_up
 
 
 class JointGPTQ:
@@ -37,6 +38,7 @@ class JointGPTQ:
     def __init__(self, model: nn.Module, blocks: Blocks, positions: int) -> None:
         self.tracker = PositionTracker(min(positions, 1))
         self.quantized: set[str] = set()
+        self.inputs: dict[str, CentredInputs] = {}
         self.handles: list[Any] = []
         self.weights: list[nn.Parameter] = []
         for name in blocks.names:
@@ -48,7 +50,9 @@ class JointGPTQ:
                 if is_routed(path) or path in without_vectors:
                     continue
                 # By its weight, since GPTQModel puts another module around it.
-                mark(linear.weight, CentredInputs(self, f"{name}.{path}"))
+                inputs = CentredInputs(self, f"{name}.{path}")
+                mark(linear.weight, inputs)
+                self.inputs[inputs.name] = inputs
                 self.weights.append(linear.weight)
 
     def _observe(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -84,6 +88,8 @@ class CentredInputs:
     weights that leave all of it to the bias gain nothing for the other tokens.
     """
 
+    SUMS = ("total", "count")
+
     def __init__(self, joint: JointGPTQ, name: str) -> None:
         self.joint, self.name = joint, name
         self.estimate: Tensor | None = None
@@ -112,13 +118,23 @@ class CentredInputs:
 
     def finish(self, hessian: Tensor, samples: int) -> None:
         """Take the mean out of ``2 / samples * sum x x^T`` of the centred inputs, in place."""
-        mean = self.mean()[-1]
-        rest = mean - self.estimate
-        hessian -= (2 / samples * self.count[-1] * rest.outer(rest)).to(hessian)
-        # A constant input has no variance left, and toolkits would drop its weights as dead ones.
+        self.take_out(hessian, samples)
+        self.keep_constant(hessian)
+
+    def take_out(self, hessian: Tensor, samples: int) -> None:
+        """The mean of all ranks, out of the part of the sum that this one has."""
+        count, own = self.count[-1].clone(), self.mean()[-1] - self.estimate
+        add_up(self)
+        rest = self.mean()[-1] - self.estimate
+        cross = count * own.outer(rest)
+        taken = cross + cross.T - count * rest.outer(rest)
+        hessian -= (2 / samples * taken).to(hessian)
+
+    def keep_constant(self, hessian: Tensor) -> None:
+        """A constant input has no variance left, and toolkits would drop its weights as dead."""
         diagonal = hessian.diagonal()
         floor = 1e-6 * diagonal.mean()
-        diagonal[(diagonal < floor) & (mean != 0).to(diagonal.device)] = floor
+        diagonal[(diagonal < floor) & (self.mean()[-1] != 0).to(diagonal.device)] = floor
         self.finished = True
 
     def adopt(self, other: CentredInputs) -> None:

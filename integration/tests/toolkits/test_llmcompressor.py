@@ -414,12 +414,6 @@ def test_the_page_says_what_works():
 # Errors
 
 
-def test_several_ranks(source, monkeypatch):
-    monkeypatch.setattr("bc_plugin.llmcompressor.modifier.is_distributed", lambda: True)
-    with pytest.raises(BiasCompensationError, match="several ranks"):
-        _run(source, [*_nearest(), BiasCompensationModifier()])
-
-
 @pytest.mark.parametrize(
     ("recipe", "match"),
     (
