@@ -100,7 +100,8 @@ test-vllm: setup setup-vllm
 # The modifier, in an environment of llm-compressor's own.
 test-llmcompressor: setup-llmcompressor
 	$(LLMCOMPRESSOR)/bin/python -m pytest integration/tests/toolkits/test_llmcompressor.py \
-		integration/tests/toolkits/test_llmcompressor_ranks.py
+		integration/tests/toolkits/test_llmcompressor_ranks.py \
+		integration/tests/toolkits/test_conformance.py
 
 # Exported checkpoints in llama.cpp; needs node.
 test-llama-cpp: setup setup-llama-cpp

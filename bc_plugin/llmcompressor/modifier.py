@@ -34,8 +34,8 @@ class BiasCompensationModifier(Modifier):
     float blocks are kept when the recipe is initialized: read from the model's folder again where
     they stand there, copied to the CPU where they do not. The vectors are computed when the recipe
     is finalized, and attached to the model, whose weights are compressed by then; as ever, they are
-    decompressed when the model is first run. ``model.save_pretrained`` writes both. Of several ranks
-    each has its share of the data; sums, and so vectors and scales, are those of all.
+    decompressed when the model is first run. ``model.save_pretrained`` writes both. Of several
+    ranks each has its share of the data; sums, and so vectors and scales, are those of all.
 
     Args:
         joint: None and True let ``GPTQModifier`` know that biases will follow. For any other

@@ -15,10 +15,23 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from rig.cpu_shims import auto_gptq_on_cpu, autoawq_on_cpu, optimum_with_auto_gptq_on_cpu
+from rig.cpu_shims import (
+    auto_gptq_on_cpu,
+    autoawq_on_cpu,
+    llmcompressor_awq_on_cpu,
+    optimum_with_auto_gptq_on_cpu,
+)
 
-from . import with_auto_gptq, with_autoawq, with_gptqmodel, with_optimum, with_transformers
+from . import (
+    with_auto_gptq,
+    with_autoawq,
+    with_gptqmodel,
+    with_llmcompressor,
+    with_optimum,
+    with_transformers,
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,8 @@ class Pipeline:
         exact: Whether the model in memory computes what it will compute once loaded again.
         settings: What ``quantize`` passes on, apart from the flag.
         dtype: The type that float models are read in.
+        joint: Whether its quantizer can be told that biases will follow.
+        sealed: Whether loaders without the plugin refuse what was quantized jointly.
     """
 
     name: str
@@ -48,6 +63,8 @@ class Pipeline:
     exact: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+    joint: bool = True
+    sealed: bool = True
 
     @property
     def installed(self) -> bool:
@@ -66,8 +83,7 @@ class Pipeline:
 
 def model_of(result: Any) -> nn.Module:
     """The transformers model in whatever a toolkit returns."""
-    config = getattr(result, "config", None)
-    return result if hasattr(config, "quantization_config") else result.model
+    return result if isinstance(result, PreTrainedModel) else result.model
 
 
 # Plain GPTQ as in its paper: asymmetric, columns in their natural order, one percent of damping.
@@ -110,6 +126,7 @@ PIPELINES = {
             exact=False,  # another kernel in memory than after loading
             settings={"method": "awq", "format": "gemm", "sym": False},
             dtype=torch.bfloat16,
+            joint=False,
         ),
         Pipeline(
             "autoawq",
@@ -119,6 +136,7 @@ PIPELINES = {
             with_autoawq.load,
             shims=(autoawq_on_cpu,),
             exact=False,  # in half precision once loaded
+            joint=False,
         ),
         Pipeline(
             "auto_gptq",
@@ -137,6 +155,24 @@ PIPELINES = {
             with_transformers.load_in_float32,
             lacks="gptqmodel",
             shims=(auto_gptq_on_cpu, optimum_with_auto_gptq_on_cpu),
+        ),
+        *(
+            Pipeline(
+                name,
+                ("llmcompressor",),
+                with_llmcompressor.quantize,
+                with_llmcompressor.save,
+                with_llmcompressor.load,
+                shims=(llmcompressor_awq_on_cpu,),
+                settings={"method": method},
+                joint=method == with_llmcompressor.GPTQ,
+                sealed=False,
+            )
+            for name, method in (
+                ("llmcompressor", with_llmcompressor.GPTQ),
+                ("llmcompressor-nearest", with_llmcompressor.NEAREST),
+                ("llmcompressor-awq", with_llmcompressor.AWQ),
+            )
         ),
     )
 }
