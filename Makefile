@@ -10,7 +10,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: setup setup-legacy setup-vllm setup-llmcompressor setup-llama-cpp demo test test-current \
-	test-legacy test-reliability test-vllm test-llmcompressor test-llama-cpp lint benchmark benchmark-toolkits benchmark-serving \
+	test-legacy test-reliability test-vllm test-llmcompressor test-autoround test-llama-cpp lint benchmark benchmark-toolkits benchmark-serving \
 	benchmark-comparison benchmark-vision benchmark-architectures benchmark-threads dist clean
 
 setup: $(VENV)/.ready
@@ -101,7 +101,13 @@ test-vllm: setup setup-vllm
 test-llmcompressor: setup-llmcompressor
 	$(LLMCOMPRESSOR)/bin/python -m pytest integration/tests/toolkits/test_llmcompressor.py \
 		integration/tests/toolkits/test_llmcompressor_ranks.py \
+		integration/tests/toolkits/test_llmcompressor_widths.py \
 		integration/tests/toolkits/test_conformance.py
+
+# AutoRound's checkpoints in every format, beside the current stack.
+test-autoround: setup
+	$(BIN)/pip install --quiet --no-deps auto-round==0.16.1 py-cpuinfo==9.0.0
+	$(BIN)/python -m pytest integration/tests/toolkits/test_autoround.py
 
 # Exported checkpoints in llama.cpp; needs node.
 test-llama-cpp: setup setup-llama-cpp
