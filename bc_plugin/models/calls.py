@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .arguments import hidden_output, moved
 from .blocks import Blocks
 from .forwards import ReplacedForward
-from .modules import copy_of
+from .modules import copy_of, decompress
 
 Batch = Mapping[str, Any] | Tensor
 
@@ -95,7 +95,9 @@ def twin_of(
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return model
     modules = [model.get_submodule(name) for name in blocks.names]
-    return copy.deepcopy(model, {id(module): copy_to_run(module) for module in modules})
+    twin = copy.deepcopy(model, {id(module): copy_to_run(module) for module in modules})
+    decompress(twin)
+    return twin
 
 
 class _StandIn(ReplacedForward):

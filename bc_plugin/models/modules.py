@@ -23,12 +23,7 @@ def copy_of(block: nn.Module) -> nn.Module:
     shared = {id(t): t for t in block.parameters() if is_traceable_wrapper_subclass(t)}
     twin = copy.deepcopy(block, shared)
     stop_offloading(twin)
-    for module in twin.modules():
-        # What compressed-tensors does to the whole model, for good, when that is first run.
-        if getattr(module, "quantization_status", None) == "compressed":
-            from compressed_tensors.compressors.base import decompress_module
-
-            decompress_module(module)
+    decompress(twin)
     return twin
 
 
@@ -45,6 +40,18 @@ def stop_offloading(copied: nn.Module, to_device: bool = True) -> None:
             from compressed_tensors.offload.module import remove_module_offload
 
             remove_module_offload(module, onload_tensors=to_device)
+
+
+def decompress(copied: nn.Module) -> None:
+    """What compressed-tensors does to a whole model, for good, when that is first run."""
+    for module in copied.modules():
+        if getattr(module, "quantization_status", None) == "compressed":
+            from compressed_tensors.compressors.base import decompress_module
+
+            decompress_module(module)
+    hook = vars(copied).pop("ct_decompress_hook", None)  # a whole model's, which would do it twice
+    if hook is not None:
+        hook.remove()
 
 
 @contextmanager
