@@ -96,6 +96,8 @@ test-reliability: setup
 test-vllm: setup setup-vllm
 	$(BIN)/python -m pytest integration/tests/engines/test_vllm.py \
 		integration/tests/engines/test_vllm_serving.py
+	$(MAKE) setup-llmcompressor
+	$(BIN)/python -m pytest integration/tests/engines/test_vllm_native.py
 
 # The modifier, in an environment of llm-compressor's own.
 test-llmcompressor: setup-llmcompressor

@@ -10,17 +10,22 @@ GPTQ, AWQ, NEAREST = "gptq", "awq", "nearest"
 
 
 def quantize(source, calibration, flag, settings):
-    """``method`` among the settings is one of the above, ``sym`` whether zero points are 0."""
+    """``method`` among the settings is one of the above, ``sym`` whether zero points are 0.
+
+    ``native`` is the modifier's own setting.
+    """
     from datasets import Dataset
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from bc_plugin.llmcompressor import BiasCompensationModifier
 
+    settings = dict(settings)
+    native = settings.pop("native", False)
     recipe = quantizers(**settings)
     BiasCompensationConfig.parse(flag)  # as the other toolkits' option does
     if flag:
-        recipe.append(BiasCompensationModifier(**(flag if isinstance(flag, dict) else {})))
+        recipe.append(BiasCompensationModifier(native=native, **(flag if flag is not True else {})))
     rows = [{key: value[0].tolist() for key, value in item.items()} for item in calibration]
     return oneshot(
         model=AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
