@@ -58,6 +58,7 @@ $(LLMCOMPRESSOR)/.ready: pyproject.toml integration/environments/llmcompressor.t
 	$(LLMCOMPRESSOR)/bin/pip install --quiet --upgrade pip setuptools wheel
 	$(LLMCOMPRESSOR)/bin/pip install --quiet torch==2.13.0
 	$(LLMCOMPRESSOR)/bin/pip install --quiet --requirement integration/environments/llmcompressor.txt
+	$(LLMCOMPRESSOR)/bin/pip install --quiet --no-deps --requirement integration/environments/data.txt
 	$(LLMCOMPRESSOR)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
@@ -109,7 +110,8 @@ test-llmcompressor: setup-llmcompressor
 # AutoRound's checkpoints in every format, beside the current stack.
 test-autoround: setup
 	$(BIN)/pip install --quiet --no-deps auto-round==0.16.1 py-cpuinfo==9.0.0
-	$(BIN)/python -m pytest integration/tests/toolkits/test_autoround.py
+	$(BIN)/python -m pytest integration/tests/toolkits/test_autoround.py \
+		integration/tests/toolkits/test_conformance.py -k autoround
 
 # Exported checkpoints in llama.cpp; needs node.
 test-llama-cpp: setup setup-llama-cpp
@@ -131,9 +133,10 @@ benchmark-threads: setup
 	PYTHONPATH=integration:tests $(BIN)/python integration/benchmarks/threads.py
 
 # Every toolkit in one table; about an hour and a half on two cores.
-benchmark-toolkits: setup setup-legacy
+benchmark-toolkits: setup setup-legacy setup-llmcompressor
+	$(BIN)/pip install --quiet --no-deps auto-round==0.16.1 py-cpuinfo==9.0.0
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/every_toolkit.py \
-		--legacy $(LEGACY)/bin/python
+		--legacy $(LEGACY)/bin/python --llmcompressor $(LLMCOMPRESSOR)/bin/python
 
 benchmark-serving: setup setup-vllm
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/serving.py

@@ -37,12 +37,18 @@ REFINED_SAMPLES = 128
 PARTS = [(name, bits) for bits in (3, 4) for name in ("gptqmodel", "transformers", "auto_gptq")] + [
     ("gptqmodel-awq", 4),
     ("autoawq", 4),
+    ("llmcompressor", 3),
+    ("llmcompressor", 4),
+    ("llmcompressor-nearest", 4),
+    ("llmcompressor-awq", 4),
+    *(("autoround", bits) for bits in (2, 3, 4)),
 ]
 
 
 VARIANTS = ("float", "none", "BC 0", "BC 1", "joint 0", "joint 1", "refined 1")
 # The other toolkits share its method; one value of ``positions`` shows that they share its results.
-BOTH_POSITIONS = ("gptqmodel", "gptqmodel-awq")
+BOTH_POSITIONS = ("gptqmodel", "gptqmodel-awq", "llmcompressor")
+METHODS = {"awq": "AWQ", "nearest": "nearest", "autoround": "AutoRound"}
 
 
 class Measurement:
@@ -76,16 +82,15 @@ class Measurement:
             return
         if not {"none", *(f"BC {positions}" for positions in self.positions)} <= set(self.found):
             self.compensate_afterwards()
-        for positions in self.positions:
+        for positions in self.positions if self.pipeline.joint else ():
             if f"joint {positions}" not in self.found:
                 self.evaluate(f"joint {positions}", self.quantized({"positions": positions}))
 
     def wanted(self) -> list[str]:
         """What this part of the table consists of."""
-        awq = "awq" in self.pipeline.name
-        kinds = ("BC",) if awq else ("BC", "joint")
+        kinds = ("BC", "joint") if self.pipeline.joint else ("BC",)
         variants = [f"{kind} {p}" for kind in kinds for p in self.positions]
-        refined = ["refined 1"] if awq else []
+        refined = ["refined 1"] if "awq" in self.pipeline.name else []
         return ["float", "none", *variants, *refined]
 
     def refine(self, model) -> None:
@@ -153,7 +158,7 @@ def print_table(parts) -> None:
     table = Table("toolkit", "method", "", "perplexity", "gap closed", "KL (nats)", "KL, of none")
     for name, bits in parts:
         found = json.loads(result_of(name, bits).read_text())
-        method = "AWQ" if "awq" in name else "GPTQ"
+        method = next((METHODS[part] for part in METHODS if part in name), "GPTQ")
         floor, plain = found["float"]["perplexity"], found["none"]
         for variant in VARIANTS:
             if variant not in found:
@@ -164,7 +169,7 @@ def print_table(parts) -> None:
             label, _, positions = variant.partition(" ")
             label = {"joint": "BC + joint", "refined": "BC + refinement"}.get(label, label)
             table.add_row(
-                name.removesuffix("-awq"),
+                name.removesuffix("-awq").removesuffix("-nearest"),
                 f"{method} {bits} bits",
                 f"{label}, positions={positions}" if compensated else label,
                 f"{row['perplexity']:.2f}",
@@ -184,6 +189,7 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, metavar=("NAME", "BITS"))
     parser.add_argument("--only", choices=PIPELINES)
     parser.add_argument("--legacy", help="the Python of the environment that has AutoGPTQ")
+    parser.add_argument("--llmcompressor", help="that of the one that has llm-compressor")
     parser.add_argument("--again", action="store_true")
     given = parser.parse_args()
     if given.measure:
@@ -194,9 +200,10 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     parts = [part for part in PARTS if given.only in (None, part[0])]
     for name, bits in parts:
-        python = sys.executable if PIPELINES[name].installed else given.legacy
+        option = "llmcompressor" if name.startswith("llmcompressor") else "legacy"
+        python = sys.executable if PIPELINES[name].installed else getattr(given, option)
         if python is None:
-            parser.error(f"{name} is not in this environment; pass --legacy")
+            parser.error(f"{name} is not in this environment; pass --{option}")
         subprocess.run([python, __file__, "--measure", name, str(bits)], check=True)
     print_table(parts)
 

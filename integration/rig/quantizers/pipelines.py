@@ -27,6 +27,7 @@ from rig.cpu_shims import (
 from . import (
     with_auto_gptq,
     with_autoawq,
+    with_autoround,
     with_gptqmodel,
     with_llmcompressor,
     with_optimum,
@@ -155,6 +156,15 @@ PIPELINES = {
             with_transformers.load_in_float32,
             lacks="gptqmodel",
             shims=(auto_gptq_on_cpu, optimum_with_auto_gptq_on_cpu),
+        ),
+        Pipeline(
+            "autoround",
+            ("auto_round", "gptqmodel"),
+            with_autoround.quantize,
+            with_autoround.save,
+            with_autoround.load,
+            settings={"sym": False},
+            joint=False,
         ),
         *(
             Pipeline(

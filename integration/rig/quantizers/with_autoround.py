@@ -52,8 +52,12 @@ def quantize(source, calibration, flag, settings):
     if config is None:
         return model
     reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    compensation = bc_plugin.compensate(model, reference, calibration, config)
-    compensation.attach(model)
+    bc_plugin.compensate(model, reference, calibration, config).attach(model)
+    if config.refine_steps:
+        steps = bc_plugin.RefinementConfig(steps=config.refine_steps, by=config.refine)
+        refined = bc_plugin.refine(model, reference, calibration, steps)
+        bc_plugin.Compensation.attached_to(model).detach(model)
+        refined.attach(model)
     return model
 
 
