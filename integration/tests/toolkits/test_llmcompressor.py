@@ -174,9 +174,14 @@ def test_bfloat16_and_8_bits_that_are_run_before_they_are_saved(source, tmp_path
         model.save_pretrained(tmp_path / "changed")
 
 
-def test_a_float_model_that_was_changed_in_memory(source, tmp_path):
+@pytest.mark.parametrize("files", (True, False))
+def test_a_float_model_that_was_changed_in_memory(source, tmp_path, files):
     def changed():
         model = _float(source)
+        if not files:
+            # The toolkit itself reads the config again, and refuses a model that has none.
+            model.config.save_pretrained(tmp_path)
+            model.config._name_or_path = model.name_or_path = str(tmp_path)
         with torch.no_grad():
             model.model.layers[1].mlp.down_proj.weight *= 2
         return model
