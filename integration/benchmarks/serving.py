@@ -2,8 +2,9 @@
 
     make benchmark-serving
 
-Both read the same held-out tokens; the same weights without compensation tell how much the two
-engines differ anyway. Then vLLM's speed with vectors and without, in turns.
+The checkpoints are those of `make benchmark-comparison`, made first unless they are there. Both
+engines read the same held-out tokens; the same weights without compensation tell how much the two
+differ anyway. Then vLLM's speed with vectors and without, in turns.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 import torch
+from comparison_part import EVALUATED, GROUP_SIZE, LENGTH
+from comparison_part import FOLDER as COMPARED
 from rich.console import Console
 from rich.table import Table
 from rig.engines.with_vllm import log_probabilities, speeds
 from rig.folders import CACHE
-from rig.quantizers.pipelines import PIPELINES
 from rig.subjects import real
 from rig.subjects.served import scores_of
 from transformers import AutoTokenizer
@@ -34,8 +37,7 @@ from bc_plugin.engines.plain import read_tensors, write_checkpoint
 from bc_plugin.engines.widen import widen
 
 FOLDER = CACHE / "serving"
-BITS, GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 3, 64, 32, 512, 12
-STEPS, GENERATED, TURNS = 16, 64, 5
+BITS, SEED, GENERATED, TURNS = 3, 0, 64, 5
 # What is served, and what transformers reads to compare.
 SERVED = {
     "without": "without",
@@ -47,27 +49,18 @@ SERVED = {
 TIMED = ("without", "positions=0", "positions=1, joint")
 
 
-def prepare(calibration: list) -> None:
+def prepare() -> None:
     """Write what is served, widened to 4 bits: without vectors, as biases, and with vectors."""
+    script = Path(__file__).with_name("comparison.py")
+    made = ["bc-0", "joint-1", "refined-1"]
+    settings = [f"--bits={BITS}", f"--seed={SEED}", "--only", *made]
+    subprocess.run([sys.executable, str(script), *settings], check=True)
+    source = COMPARED / f"{BITS}-{SEED}"
     # Not jointly, so that the weights without vectors are worth comparing.
-    _quantize(calibration, {"positions": 0, "joint": False}, FOLDER / "3 bits")
-    bc_plugin.export(FOLDER / "3 bits", FOLDER / "biases", engine="vllm")
-    _widen(FOLDER / "3 bits")
-    flag = {"positions": 1}
-    _quantize(calibration, flag, FOLDER / "3 bits, joint")
-    bc_plugin.export(FOLDER / "3 bits, joint", FOLDER / "positions=1, joint", engine="vllm")
-    flag |= {"refine_steps": STEPS}
-    _quantize(calibration, flag, FOLDER / "3 bits, refined")
-    bc_plugin.export(FOLDER / "3 bits, refined", FOLDER / "the same, refined", engine="vllm")
-
-
-def _quantize(calibration: list, flag: dict, folder: Path) -> None:
-    pipeline = PIPELINES["gptqmodel"]
-    settings = {"bits": BITS, "group_size": GROUP_SIZE, **pipeline.settings}
-    bc_plugin.enable()
-    result = pipeline.quantize(str(real.smollm2()), calibration, flag, settings)
-    pipeline.save(result, folder)
-    bc_plugin.disable()
+    bc_plugin.export(source / "bc-0", FOLDER / "biases", engine="vllm")
+    _widen(source / "bc-0")
+    for variant, name in (("joint-1", "positions=1, joint"), ("refined-1", "the same, refined")):
+        bc_plugin.export(source / variant, FOLDER / name, engine="vllm")
 
 
 def _widen(source: Path) -> None:
@@ -117,7 +110,7 @@ def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(real.smollm2())
-    prepare(real.calibration_windows(tokenizer, LENGTH, SAMPLES))
+    prepare()
     windows = real.held_out_windows(tokenizer, LENGTH, EVALUATED)
     ids = [window["input_ids"][0].tolist() for window in windows]
     console = Console(width=110)
