@@ -85,7 +85,7 @@ def _descended(
             step = slope / (diagonal[column] * scales[group])
             after = (before - step).round_().clamp_(low[group], high[group])
             # A scale of zero says nothing of its integers.
-            after = torch.where(after.isfinite(), after, before)
+            after = torch.where(scales[group] > 0, after, before)
             changes[place] = (after - before) * scales[group]
             integers[column] = after
         gradient[stop:] += covariance[stop:, start:stop] @ changes
