@@ -4,7 +4,9 @@
 
 The checkpoints are those of `make benchmark-comparison`, made first unless they are there. Both
 engines read the same held-out tokens; the same weights without compensation tell how much the two
-differ anyway. Then vLLM's speed with vectors and without, in turns.
+differ anyway. Then prompts of 1 to 600 tokens in one batch, read in parts, and continued twice, so that
+what was read is found cached the second time. Then vLLM's speed with vectors and without, in turns.
+(Two workers cannot share this model, which has 9 heads; tests have tiny models for them.)
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from comparison_part import EVALUATED, GROUP_SIZE, LENGTH
 from comparison_part import FOLDER as COMPARED
 from rich.console import Console
 from rich.table import Table
-from rig.engines.with_vllm import log_probabilities, speeds
+from rig.engines.with_vllm import log_probabilities, run_vllm, speeds
 from rig.folders import CACHE
 from rig.subjects import real
 from rig.subjects.served import scores_of
@@ -47,6 +49,7 @@ SERVED = {
     "the same, refined": "the same, refined",
 }
 TIMED = ("without", "positions=0", "positions=1, joint")
+UNEVEN, PART, CONTINUED = (1, 2, 9, 40, 200, 600), 128, 32
 
 
 def prepare() -> None:
@@ -89,6 +92,32 @@ def agreement(ids: list[list[int]]) -> Table:
     return table
 
 
+def in_parts(ids: list[list[int]]) -> Table:
+    """The same of uneven prompts, read in parts, and of what vLLM says after them, twice."""
+    table = Table("served", "prompts", "first continuation", "second", "tokens cached for it")
+    table.title = f"mean |log p apart|; prompts of {UNEVEN} tokens, {PART} at a time"
+    text = iter([token for row in ids for token in row])
+    asked = [[next(text) for _ in range(length)] for length in UNEVEN]
+    for name, compared in SERVED.items():
+        found = run_vllm(
+            FOLDER / name, asked, FOLDER, continued=CONTINUED, max_num_batched_tokens=PART
+        )
+        row = [_apart(found["log_probabilities"], scores_of(FOLDER / compared, asked))]
+        for run in found["continuations"]:
+            whole = [one + new["ids"] for one, new in zip(asked, run, strict=True)]
+            scores = scores_of(FOLDER / compared, whole)
+            after = [row[len(one) - 1 :] for row, one in zip(scores, asked, strict=True)]
+            row.append(_apart([new["log_probabilities"] for new in run], after))
+        cached = sum(new["cached"] for new in found["continuations"][1])
+        table.add_row(name, *(f"{value:.3f}" for value in row), str(cached))
+    return table
+
+
+def _apart(found: list[list[float]], expected: list[torch.Tensor]) -> float:
+    theirs = torch.cat([torch.tensor(row) for row in found])
+    return (theirs - torch.cat(expected)).abs().mean().item()
+
+
 def throughput(ids: list[list[int]]) -> Table:
     """Tokens a second of all prompts in one batch, the median of several turns."""
     table = Table("served", "prefill, tokens/s", "over without", "decode, tokens/s", "over without")
@@ -115,6 +144,7 @@ def main() -> None:
     ids = [window["input_ids"][0].tolist() for window in windows]
     console = Console(width=110)
     console.print(agreement(ids))
+    console.print(in_parts(ids))
     console.print(throughput(ids))
 
 
