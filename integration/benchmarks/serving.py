@@ -4,9 +4,9 @@
 
 The checkpoints are those of `make benchmark-comparison`, made first unless they are there. Both
 engines read the same held-out tokens; the same weights without compensation tell how much the two
-differ anyway. Then prompts of 1 to 600 tokens in one batch, read in parts, and continued twice, so that
-what was read is found cached the second time. Then vLLM's speed with vectors and without, in turns.
-(Two workers cannot share this model, which has 9 heads; tests have tiny models for them.)
+differ anyway. Then prompts of 1 to 600 tokens in one batch, read in parts and continued twice, so
+that what was read is found cached the second time; then vLLM's speed with vectors and without, in
+turns. (Two workers cannot share this model, which has 9 heads: tests have tiny models for them.)
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def in_parts(ids: list[list[int]]) -> Table:
         for run in found["continuations"]:
             whole = [one + new["ids"] for one, new in zip(asked, run, strict=True)]
             scores = scores_of(FOLDER / compared, whole)
-            after = [row[len(one) - 1 :] for row, one in zip(scores, asked, strict=True)]
+            after = [each[len(one) - 1 :] for each, one in zip(scores, asked, strict=True)]
             row.append(_apart([new["log_probabilities"] for new in run], after))
         cached = sum(new["cached"] for new in found["continuations"][1])
         table.add_row(name, *(f"{value:.3f}" for value in row), str(cached))
