@@ -22,8 +22,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from comparison_part import EVALUATED, GROUP_SIZE, LENGTH
+from comparison_part import EVALUATED, GROUP_SIZE, LENGTH, Part
 from comparison_part import FOLDER as COMPARED
+from comparison_variants import EVERYTHING
 from rich.console import Console
 from rich.table import Table
 from rig.engines.with_vllm import log_probabilities, run_vllm, speeds
@@ -40,6 +41,7 @@ from bc_plugin.engines.widen import widen
 
 FOLDER = CACHE / "serving"
 BITS, SEED, GENERATED, TURNS = 3, 0, 64, 5
+REFINED, STEPS = "refined-to-be-served", 8
 # What is served, and what transformers reads to compare.
 SERVED = {
     "without": "without",
@@ -55,14 +57,20 @@ UNEVEN, PART, CONTINUED = (1, 2, 9, 40, 200, 600), 128, 32
 def prepare() -> None:
     """Write what is served, widened to 4 bits: without vectors, as biases, and with vectors."""
     script = Path(__file__).with_name("comparison.py")
-    made = ["bc-0", "joint-1", "refined-1"]
+    made = ["bc-0", "joint-1"]
     settings = [f"--bits={BITS}", f"--seed={SEED}", "--only", *made]
     subprocess.run([sys.executable, str(script), *settings], check=True)
     source = COMPARED / f"{BITS}-{SEED}"
+    # A few steps: how well they are served is asked here, not how good they are.
+    few = {"steps": STEPS, "evaluate_every": STEPS, "train": EVERYTHING}
+    if not (source / REFINED).exists():
+        bc_plugin.enable()
+        Part(BITS, SEED).refined(REFINED, "joint-1", few)
+        bc_plugin.disable()
     # Not jointly, so that the weights without vectors are worth comparing.
     bc_plugin.export(source / "bc-0", FOLDER / "biases", engine="vllm")
     _widen(source / "bc-0")
-    for variant, name in (("joint-1", "positions=1, joint"), ("refined-1", "the same, refined")):
+    for variant, name in (("joint-1", "positions=1, joint"), (REFINED, "the same, refined")):
         bc_plugin.export(source / variant, FOLDER / name, engine="vllm")
 
 
