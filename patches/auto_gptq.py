@@ -98,9 +98,13 @@ def _fasterquant(wrapped, gptq, args, kwargs):
         return wrapped(*args, **kwargs)
     weight = weight_of(gptq.layer)
     inputs.finish(gptq.H, gptq.nsamples)
-    result = wrapped(*args, **kwargs)
-    inputs.follow(gptq.layer, weight, weight_of(gptq.layer))
-    return result
+    scales, zeros, groups = wrapped(*args, **kwargs)
+    limits = -zeros, int(gptq.quantizer.maxq) - zeros
+    rounded = weight_of(gptq.layer)
+    rounded, scales = inputs.improve(gptq.layer, weight, rounded, scales, groups, *limits)
+    gptq.layer.weight.data = rounded
+    inputs.follow(gptq.layer, weight, rounded)
+    return scales, zeros, groups
 
 
 def _find_params(wrapped, quantizer, args, kwargs):

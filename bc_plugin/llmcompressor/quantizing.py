@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from compressed_tensors.offload import update_offload_parameter
+from torch import Tensor, nn
 
 from ..marks import mark, mark_of, unmark
 from ..ranks import wait_for_all
@@ -55,9 +57,37 @@ def _linears_are_quantized(wrapped: Any, gptq: Any, args: tuple, kwargs: dict) -
 def _hessians_are_used(wrapped: Any, gptq: Any, args: tuple, kwargs: dict) -> Any:
     """Around the linears that this rank quantizes, whose Hessians are whole by now."""
     modules = list(argument("module_list", 0, args, kwargs))
-    for module, inputs in _joint(modules):
+    joint = _joint(modules)
+    for module, inputs in joint:
         inputs.keep_constant(gptq._hessians[module])
-    return wrapped(modules)
+    weights = [weight_of(module) for module, _ in joint]
+    result = wrapped(modules)
+    for (module, inputs), weight in zip(joint, weights, strict=True):
+        _improve(module, inputs, weight)
+    return result
+
+
+@torch.no_grad()
+def _improve(module: nn.Module, inputs: CentredInputs, weight: Tensor) -> None:
+    """Make better integers and scales of those found, where they are integers, in groups of inputs.
+
+    Others are not in groups of inputs (blocks, tensors), or no integers (of 4 or 8 bits in floats).
+    """
+    settings = module.quantization_scheme.weights
+    if settings.type != "int" or settings.strategy not in ("group", "channel"):
+        inputs.covariance = None
+        return
+    scales, zeros, width = module.weight_scale.data, module.weight_zero_point.data, weight.shape[1]
+    groups = getattr(module, "weight_g_idx", None)
+    if groups is None or bool((groups < 0).any()):
+        groups = torch.arange(width) // (width // scales.shape[1])
+    least = -(2 ** (settings.num_bits - 1))
+    limits = (limit - zeros.float() for limit in (least, -least - 1))
+    rounded, better = inputs.improve(
+        module, weight, module.weight.data, scales, groups, *limits, stored=scales.dtype
+    )
+    update_offload_parameter(module, "weight", rounded)
+    update_offload_parameter(module, "weight_scale", better)
 
 
 def _joint(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, CentredInputs]]:

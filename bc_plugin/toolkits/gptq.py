@@ -39,7 +39,12 @@ def linear_is_quantized(wrapped, gptq, args, kwargs):
     if inputs is None:
         return wrapped(*args, **kwargs)
     weight = weight_of(gptq.module)
-    result = wrapped(*args, **kwargs)
+    quantized, scales, zeros, groups, *rest = wrapped(*args, **kwargs)
     if inputs.finished:  # else it fell back to rounding, for want of calibration data
-        inputs.follow(gptq.module, weight, result[0])
-    return result
+        if type(gptq.quantizer).__name__ == "Quantizer":  # others have integers of other kinds
+            limits = -zeros, int(gptq.quantizer.maxq) - zeros
+            quantized, scales = inputs.improve(
+                gptq.module, weight, quantized, scales, groups, *limits
+            )
+        inputs.follow(gptq.module, weight, quantized)
+    return (quantized, scales, zeros, groups, *rest)

@@ -23,6 +23,7 @@ from ..models.modules import linears_of
 from ..models.positions import call_arguments, token_index, vector_rows
 from ..models.tracker import PositionTracker
 from ..ranks import add_up
+from ..shift.descent import integers_and_scales
 
 
 class JointGPTQ:
@@ -95,6 +96,7 @@ class CentredInputs:
         self.estimate: Tensor | None = None
         self.total: Tensor | None = None
         self.count: Tensor | None = None
+        self.covariance: Tensor | None = None  # while the toolkit rounds
         self.finished = False
 
     def centre(self, inputs: Tensor) -> Tensor:
@@ -135,11 +137,54 @@ class CentredInputs:
         diagonal = hessian.diagonal()
         floor = 1e-6 * diagonal.mean()
         diagonal[(diagonal < floor) & (self.mean()[-1] != 0).to(diagonal.device)] = floor
+        self.covariance = hessian.clone()  # the toolkit changes its own
         self.finished = True
 
     def adopt(self, other: CentredInputs) -> None:
         """Take over the mean of a linear that is given the same inputs."""
         self.estimate, self.total, self.count = other.estimate, other.total, other.count
+
+    def improve(
+        self,
+        linear: nn.Module,
+        weight: Tensor,
+        quantized: Tensor,
+        scales: Tensor,
+        groups: Tensor,
+        low: Tensor,
+        high: Tensor,
+        stored: torch.dtype = torch.float16,
+    ) -> tuple[Tensor, Tensor]:
+        """Make better integers and scales of those that the toolkit has found.
+
+        Args:
+            linear: It has the orientation of ``weight`` and ``quantized``.
+            weight, quantized: The float and the rounded weight.
+            scales: (out_features, groups).
+            groups: The group of each input channel, (in_features,).
+            low, high: Least and largest integer less the zero point, (out_features, groups).
+            stored: The type that scales are stored in.
+
+        Returns:
+            The rounded weight and the scales, shaped and typed as they were given.
+        """
+        covariance, self.covariance = self.covariance, None
+        turned = not isinstance(linear, nn.Linear)  # transformers' Conv1D
+        given, target = (each.T if turned else each for each in (quantized, weight))
+        width, groups = given.shape[1], groups.long().to(scales.device)
+        integers = (given.to(scales) / scales[:, groups]).round().nan_to_num(0.0, 0.0, 0.0)
+        integers, better = integers_and_scales(
+            target.to(scales.device),
+            integers,
+            scales,
+            low,
+            high,
+            groups,
+            covariance[:width, :width].to(scales.device),  # some toolkits pad it
+            stored,
+        )
+        found = (integers * better[:, groups]).to(quantized)
+        return (found.T if turned else found), better.to(scales)
 
     def follow(self, linear: nn.Module, weight: Tensor, quantized: Tensor) -> None:
         """Show the layers that follow the best bias for the quantized weight."""

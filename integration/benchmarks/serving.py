@@ -2,8 +2,11 @@
 
     make benchmark-serving
 
-Both read the same held-out tokens; the same weights without compensation tell how much the two
-engines differ anyway. Then vLLM's speed with vectors and without, in turns.
+The checkpoints are those of `make benchmark-comparison`, made first unless they are there. Both
+engines read the same held-out tokens; the same weights without compensation tell how much the two
+differ anyway. Then prompts of 1 to 600 tokens in one batch, read in parts and continued twice, so
+that what was read is found cached the second time; then vLLM's speed with vectors and without, in
+turns. (Two workers cannot share this model, which has 9 heads: tests have tiny models for them.)
 """
 
 from __future__ import annotations
@@ -12,17 +15,20 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 import torch
+from comparison_part import EVALUATED, GROUP_SIZE, LENGTH, Part
+from comparison_part import FOLDER as COMPARED
+from comparison_variants import EVERYTHING
 from rich.console import Console
 from rich.table import Table
-from rig.engines.with_vllm import log_probabilities, speeds
+from rig.engines.with_vllm import log_probabilities, run_vllm, speeds
 from rig.folders import CACHE
-from rig.quantizers.pipelines import PIPELINES
 from rig.subjects import real
 from rig.subjects.served import scores_of
 from transformers import AutoTokenizer
@@ -34,8 +40,8 @@ from bc_plugin.engines.plain import read_tensors, write_checkpoint
 from bc_plugin.engines.widen import widen
 
 FOLDER = CACHE / "serving"
-BITS, GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 3, 64, 32, 512, 12
-STEPS, GENERATED, TURNS = 16, 64, 5
+BITS, SEED, GENERATED, TURNS = 3, 0, 64, 5
+REFINED, STEPS = "refined-to-be-served", 8
 # What is served, and what transformers reads to compare.
 SERVED = {
     "without": "without",
@@ -45,29 +51,27 @@ SERVED = {
     "the same, refined": "the same, refined",
 }
 TIMED = ("without", "positions=0", "positions=1, joint")
+UNEVEN, PART, CONTINUED = (1, 2, 9, 40, 200, 600), 128, 32
 
 
-def prepare(calibration: list) -> None:
+def prepare() -> None:
     """Write what is served, widened to 4 bits: without vectors, as biases, and with vectors."""
+    script = Path(__file__).with_name("comparison.py")
+    made = ["bc-0", "joint-1"]
+    settings = [f"--bits={BITS}", f"--seed={SEED}", "--only", *made]
+    subprocess.run([sys.executable, str(script), *settings], check=True)
+    source = COMPARED / f"{BITS}-{SEED}"
+    # A few steps: how well they are served is asked here, not how good they are.
+    few = {"steps": STEPS, "evaluate_every": STEPS, "train": EVERYTHING}
+    if not (source / REFINED).exists():
+        bc_plugin.enable()
+        Part(BITS, SEED).refined(REFINED, "joint-1", few)
+        bc_plugin.disable()
     # Not jointly, so that the weights without vectors are worth comparing.
-    _quantize(calibration, {"positions": 0, "joint": False}, FOLDER / "3 bits")
-    bc_plugin.export(FOLDER / "3 bits", FOLDER / "biases", engine="vllm")
-    _widen(FOLDER / "3 bits")
-    flag = {"positions": 1}
-    _quantize(calibration, flag, FOLDER / "3 bits, joint")
-    bc_plugin.export(FOLDER / "3 bits, joint", FOLDER / "positions=1, joint", engine="vllm")
-    flag |= {"refine_steps": STEPS}
-    _quantize(calibration, flag, FOLDER / "3 bits, refined")
-    bc_plugin.export(FOLDER / "3 bits, refined", FOLDER / "the same, refined", engine="vllm")
-
-
-def _quantize(calibration: list, flag: dict, folder: Path) -> None:
-    pipeline = PIPELINES["gptqmodel"]
-    settings = {"bits": BITS, "group_size": GROUP_SIZE, **pipeline.settings}
-    bc_plugin.enable()
-    result = pipeline.quantize(str(real.smollm2()), calibration, flag, settings)
-    pipeline.save(result, folder)
-    bc_plugin.disable()
+    bc_plugin.export(source / "bc-0", FOLDER / "biases", engine="vllm")
+    _widen(source / "bc-0")
+    for variant, name in (("joint-1", "positions=1, joint"), (REFINED, "the same, refined")):
+        bc_plugin.export(source / variant, FOLDER / name, engine="vllm")
 
 
 def _widen(source: Path) -> None:
@@ -96,6 +100,32 @@ def agreement(ids: list[list[int]]) -> Table:
     return table
 
 
+def in_parts(ids: list[list[int]]) -> Table:
+    """The same of uneven prompts, read in parts, and of what vLLM says after them, twice."""
+    table = Table("served", "prompts", "first continuation", "second", "tokens cached for it")
+    table.title = f"mean |log p apart|; prompts of {UNEVEN} tokens, {PART} at a time"
+    text = iter([token for row in ids for token in row])
+    asked = [[next(text) for _ in range(length)] for length in UNEVEN]
+    for name, compared in SERVED.items():
+        found = run_vllm(
+            FOLDER / name, asked, FOLDER, continued=CONTINUED, max_num_batched_tokens=PART
+        )
+        row = [_apart(found["log_probabilities"], scores_of(FOLDER / compared, asked))]
+        for run in found["continuations"]:
+            whole = [one + new["ids"] for one, new in zip(asked, run, strict=True)]
+            scores = scores_of(FOLDER / compared, whole)
+            after = [each[len(one) - 1 :] for each, one in zip(scores, asked, strict=True)]
+            row.append(_apart([new["log_probabilities"] for new in run], after))
+        cached = sum(new["cached"] for new in found["continuations"][1])
+        table.add_row(name, *(f"{value:.3f}" for value in row), str(cached))
+    return table
+
+
+def _apart(found: list[list[float]], expected: list[torch.Tensor]) -> float:
+    theirs = torch.cat([torch.tensor(row) for row in found])
+    return (theirs - torch.cat(expected)).abs().mean().item()
+
+
 def throughput(ids: list[list[int]]) -> Table:
     """Tokens a second of all prompts in one batch, the median of several turns."""
     table = Table("served", "prefill, tokens/s", "over without", "decode, tokens/s", "over without")
@@ -117,11 +147,12 @@ def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(real.smollm2())
-    prepare(real.calibration_windows(tokenizer, LENGTH, SAMPLES))
+    prepare()
     windows = real.held_out_windows(tokenizer, LENGTH, EVALUATED)
     ids = [window["input_ids"][0].tolist() for window in windows]
     console = Console(width=110)
     console.print(agreement(ids))
+    console.print(in_parts(ids))
     console.print(throughput(ids))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.language import tiny_model, token_batches
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from bc_plugin import BiasCompensationError
 from bc_plugin.models.blocks import find_blocks
@@ -87,6 +88,41 @@ def test_layers_that_follow_see_the_best_bias(positions):
     joint.stop()
     with torch.no_grad():
         assert torch.equal(linear(given), nn.functional.linear(given, linear.weight))
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_what_the_toolkit_rounded_is_made_better(kind):
+    """On the covariance that it was given, in scales that can be stored, for any orientation."""
+    width, channels, size = 8, 4, 4
+    linear = kind(width, channels) if kind is nn.Linear else kind(channels, width)
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Sequential(linear)])
+    JointGPTQ(model, find_blocks(model), 0)
+    gptq = _GPTQ(nn.Linear(width, channels))
+    gptq.add_batch(centred_inputs(linear).centre(torch.randn(1, 90, width).cumsum(-1) + 2))
+    hessian = 2 / gptq.samples * gptq.sum
+    centred_inputs(linear).finish(hessian, gptq.samples)
+
+    weight = weight_of(linear)
+    turned = weight if kind is nn.Linear else weight.T
+    groups = torch.arange(width) // size
+    scales = turned.abs().view(channels, -1, size).amax(-1) / 2
+    rounded = (turned / scales[:, groups]).round() * scales[:, groups]
+    given = rounded if kind is nn.Linear else rounded.T
+    limits = torch.full_like(scales, -2), torch.full_like(scales, 2)
+    found, better = centred_inputs(linear).improve(linear, weight, given, scales, groups, *limits)
+
+    assert found.shape == given.shape
+    found = found if kind is nn.Linear else found.T
+    integers = found / better[:, groups]
+    torch.testing.assert_close(integers, integers.round().clamp(-2, 2))
+    torch.testing.assert_close(better, better.half().float())
+
+    def error(quantized):
+        shift = (turned - quantized).detach()
+        return ((shift @ hessian) * shift).sum()
+
+    assert error(found) < 0.9 * error(rounded)
 
 
 def test_padding_counts_as_the_toolkit_counts_it_and_leads_nothing():

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("gptqmodel", reason="needs the gptq extra")
 
-from rig.engines.with_vllm import VLLM, log_probabilities
+from rig.engines.with_vllm import VLLM, VLLMError, log_probabilities
 from rig.quantizers.pipelines import PIPELINES
 from rig.subjects import tiny
 from rig.subjects.served import scores_of
@@ -35,6 +35,7 @@ def _exported(folder, architecture, flag=None, bits=2, **options):
     source = tiny_checkpoint(folder / "float", architecture, torch.bfloat16)
     # Mostly two bits, so that the vectors are well above the engine's rounding.
     settings = {"bits": bits, "group_size": 32, **pipeline.settings}
+    settings["sym"] = bits == 4  # vLLM has no kernel for 4 that are not
     bc_plugin.enable()
     try:
         result = pipeline.quantize(source, sequences(), flag, settings)
@@ -82,11 +83,23 @@ def test_what_vllm_would_drop_is_refused_as_biases_of_another_engine(tmp_path):
         _exported(tmp_path, "qwen2", engine="transformers")
 
 
-@pytest.mark.parametrize("bits", [3, 4])
-def test_joint_vectors_of_several_positions_are_served(tmp_path, bits):
-    flag = {"positions": 1, "joint": True}
+REFINED = {"refine_steps": 2, "refine_train": ["vectors", "scales", "norms"]}
+
+
+@pytest.mark.parametrize(
+    ("bits", "refined"), [(3, {}), (4, {}), (4, REFINED)], ids=["3", "4", "4-refined"]
+)
+def test_joint_vectors_of_several_positions_are_served(tmp_path, bits, refined):
+    flag = {"positions": 1, "joint": True, **refined}
     plain, exported = _exported(tmp_path, "llama", flag=flag, bits=bits)
     ids = [item["input_ids"][0].tolist() for item in sequences(4, seed=9)]
     found = torch.tensor(log_probabilities(exported, ids, tmp_path, **EAGER))
     expected = torch.stack(scores_of(plain, ids))
     assert (found - expected).abs().mean() < 0.1
+
+
+def test_joint_weights_are_refused_without_the_plugin(tmp_path):
+    _, exported = _exported(tmp_path, "llama", flag={"positions": 1, "joint": True}, bits=4)
+    without = {"environment": {"VLLM_PLUGINS": "rig_kernels"}}
+    with pytest.raises(VLLMError, match="bias_compensation"):
+        log_probabilities(exported, [[5, 6, 7]], tmp_path, **without, **EAGER)
