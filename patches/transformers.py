@@ -23,9 +23,10 @@ from bc_plugin.toolkits.load import (
 )
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
 from bc_plugin.toolkits.save import saved_whole
+from bc_plugin.toolkits.zero_points import zero_points_as_labelled
 from bc_plugin.vectors import Compensation
 from bc_plugin.vectors.entry import set_entry
-from bc_plugin.vectors.joint import note_saved_without
+from bc_plugin.vectors.joint import entry_to_save, note_saved_without
 from bc_plugin.vectors.sealed import unseal
 
 # Config
@@ -89,7 +90,10 @@ def _check_asked(quantizer):
 
 def _save_pretrained(wrapped, model, args, kwargs):
     with saved_whole(model, argument("save_directory", 0, args, kwargs)):
-        return wrapped(*args, **kwargs)
+        if entry_to_save(model) is None:
+            return wrapped(*args, **kwargs)
+        with zero_points_as_labelled(model):
+            return wrapped(*args, **kwargs)
 
 
 def _revert_names(wrapped, instance, args, kwargs):

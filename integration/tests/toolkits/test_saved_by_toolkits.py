@@ -214,3 +214,30 @@ def test_a_checkpoint_of_several_files(folders, tmp_path, enabled):
     for load in (AutoModelForCausalLM.from_pretrained, lambda f: GPTQModel.load(str(f)).model):
         loaded = Compensation.attached_to(load(out))
         assert loaded.entry() == _changed(compensation).entry()
+
+
+@pytest.mark.parametrize(
+    ("bits", "sym", "joint"), [(2, False, True), (3, False, False), (8, True, False)]
+)
+def test_zero_points_are_saved_as_they_are_labelled(
+    folders, tmp_path, enabled, float_model, bits, sym, joint
+):
+    """GPTQModel's files have them less one; its kernels, in whatever loads them, as they are."""
+    pipeline = PIPELINES["gptqmodel"]
+    settings = {"bits": bits, "group_size": 32, **pipeline.settings, "sym": sym}
+    flag = {"positions": 1} if joint else None
+    pipeline.save(
+        pipeline.quantize(str(folders / "float"), sequences(), flag, settings), tmp_path / "made"
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    if not joint:
+        compensation = bc_plugin.compensate(model, float_model, sequences(), {"positions": 1})
+        compensation.attach(model)
+    before = logits(model)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(model), before)
+    made, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("made", "saved"))
+    zeros = [name for name in made if name.endswith("qzeros")]
+    assert zeros
+    assert all(torch.equal(made[name], saved[name]) for name in zeros)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), before)
