@@ -37,7 +37,29 @@ def written_whole(path: Path) -> Iterator[Path]:
 def check_out(out: Path) -> None:
     """Raises: BiasCompensationError: there is something of that name already."""
     if os.path.lexists(out):
-        raise BiasCompensationError(f"{out} exists already; name a folder that does not.")
+        raise BiasCompensationError(f"{out} exists already; name one that does not.")
+
+
+@contextmanager
+def new_files(out: Path) -> Iterator[Path]:
+    """A folder whose files come to lie where ``out`` is to, when all went well, ``out`` the last.
+
+    Raises:
+        BiasCompensationError: as ``new_folder``; or a file of one of the names is there.
+    """
+    check_out(out)
+    folder = out.with_name(f".{out.name}.files")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed at its very end
+    try:
+        with new_folder(folder) as part:
+            yield part
+            files = sorted(part.iterdir(), key=lambda file: file.name == out.name)
+            for file in files:
+                check_out(out.with_name(file.name))
+        for file in files:
+            os.replace(folder / file.name, out.with_name(file.name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

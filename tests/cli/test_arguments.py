@@ -100,7 +100,7 @@ SAID = [
     ((*EXPORT, "--for", "nonsense"), r"--for nonsense: expected one of transformers, vllm, llama"),
     ((*EXPORT, "--device-map", "gpu"), r"--device-map gpu: expected one of"),
     # OUT.
-    (("quantize", "float", "float", *TEXT), r"float exists already; name a folder that does not"),
+    (("quantize", "float", "float", *TEXT), r"float exists already; name one that does not"),
     (("quantize", "float", "float", "--dataset", "none"), r"float exists already"),
     (("compensate", "quantized", "float", "empty", *TEXT), r"empty exists already"),
     (("refine", "compensated", "float", ".", *TEXT), r"\. exists already"),
