@@ -12,6 +12,8 @@ from rig.folders import REPOSITORY
 
 LLAMA_CPP = Path(os.environ.get("BC_PLUGIN_LLAMA_CPP", REPOSITORY / ".llama-cpp")).absolute()
 CONVERTER = LLAMA_CPP / "convert_hf_to_gguf.py"
+PACKAGES = LLAMA_CPP / "python"  # llama-cpp-python on those binaries, and what it needs
+QUANTIZER = Path(__file__).with_name("llama_quantizer.py").absolute()
 WORKER = Path(__file__).with_name("llama_worker.mjs").absolute()  # it runs in another folder
 
 
@@ -24,9 +26,32 @@ def log_probabilities(model: Path, ids: list[list[int]], folder: Path) -> list[l
         folder: Where files are exchanged.
     """
     (folder / "ids.json").write_text(json.dumps(ids))
-    convert = [sys.executable, CONVERTER, model, "--outtype", "f32"]
-    packages = {**os.environ, "PYTHONPATH": str(LLAMA_CPP / "python")}
-    subprocess.run([*convert, "--outfile", folder / "model.gguf"], check=True, env=packages)
     files = [folder / name for name in ("model.gguf", "ids.json", "found.json")]
+    convert(model, files[0])
     subprocess.run(["node", WORKER, *files], check=True, cwd=LLAMA_CPP)
     return json.loads((folder / "found.json").read_text())
+
+
+def convert(model: Path, out: Path, kind: str = "f32") -> None:
+    """Make a GGUF file of a checkpoint, with llama.cpp's converter."""
+    command = [sys.executable, CONVERTER, model, "--outtype", kind, "--outfile", out]
+    subprocess.run(command, check=True, env=_environment())
+
+
+def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None) -> None:
+    """Quantize a float GGUF file with llama.cpp's quantizer.
+
+    Args:
+        kind: As llama-quantize calls it, such as Q2_K or Q4_K_M.
+        imatrix: Of each weight's inputs, see ``llama_quantizer.py``.
+    """
+    files = [source.absolute(), out.absolute()]
+    more = [] if imatrix is None else [imatrix.absolute()]
+    command = [sys.executable, QUANTIZER, *files, kind, "1", *more]
+    # llama.cpp looks for its backends in the folder that it is run in.
+    libraries = PACKAGES / "llama_cpp" / "lib"
+    subprocess.run(command, check=True, env=_environment(), cwd=libraries, capture_output=True)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(PACKAGES)}
