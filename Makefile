@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 
 .PHONY: setup setup-legacy setup-vllm setup-llmcompressor setup-llama-cpp demo test test-current \
 	test-legacy test-reliability test-vllm test-llmcompressor test-llama-cpp lint benchmark benchmark-toolkits benchmark-serving \
-	benchmark-comparison benchmark-vision benchmark-architectures benchmark-threads dist clean
+	benchmark-comparison benchmark-gguf benchmark-vision benchmark-architectures benchmark-threads dist clean
 
 setup: $(VENV)/.ready
 
@@ -141,6 +141,10 @@ benchmark-serving: setup setup-vllm
 benchmark-comparison: setup
 	$(BIN)/pip install --quiet --no-deps auto-round==0.16.1 py-cpuinfo==9.0.0
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/comparison.py $(ARGS)
+
+# SmolLM2-135M in llama.cpp's own types, and what compensation and refinement give back; some hours.
+benchmark-gguf: setup setup-llama-cpp
+	PYTHONPATH=integration $(BIN)/python integration/benchmarks/gguf_files.py $(ARGS)
 
 # About an hour on two busy cores, nearly half of it training that is kept.
 benchmark-vision: setup

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rig.engines import with_llama_cpp
+from rig.subjects.tiny import tiny_tokenizer
 
 SHAPE = {
     "hidden_size": 256,
@@ -32,7 +33,7 @@ PIECES = 320  # in the vocabulary
 
 
 def tiny_float(folder: Path, architecture: str, seed: int = 0) -> Path:
-    """Write a random float model to ``folder``, and ``model.gguf`` there, in float32."""
+    """Write a random float model to ``folder``; with it ``model.gguf``, in float32, and a text."""
     folder.mkdir()
     _write_tokenizer(folder)
     torch.manual_seed(seed)
@@ -43,6 +44,10 @@ def tiny_float(folder: Path, architecture: str, seed: int = 0) -> Path:
             torch.nn.init.normal_(parameter, std=0.08 if parameter.dim() > 1 else 0.1)
     model.save_pretrained(folder)
     with_llama_cpp.convert(folder, folder / "model.gguf")
+    # For transformers, another one, that needs no further package.
+    tiny_tokenizer().save_pretrained(folder)
+    words = (f"w{3 + n * n % 120}" for n in range(4000))
+    (folder / "text.txt").write_text(" ".join(words))
     return folder
 
 

@@ -1,8 +1,11 @@
 """Compensated GGUF files in llama.cpp (``make test-llama-cpp`` fetches it)."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 pytest.importorskip("gguf", reason="needs the gguf extra")
 
@@ -10,6 +13,8 @@ from rig.engines import with_llama_cpp
 
 import bc_plugin
 from bc_plugin import BiasCompensationError
+from bc_plugin.cli import app
+from bc_plugin.gguf.compensated import compensation_in, control_of
 from bc_plugin.gguf.file import GGUFFile
 from bc_plugin.gguf.load import load_model
 from bc_plugin.gguf.places import places_in
@@ -119,3 +124,72 @@ def test_a_wrong_order_of_channels_is_found(folder, tmp_path, monkeypatch):
     kept = write_compensated(source, tmp_path / "out.gguf", strong)
     with pytest.raises(BiasCompensationError, match="other logits"):
         verify(source, tmp_path / "out.gguf", model, kept)
+
+
+def test_node_llama_cpp_reads_the_file_too(folder, tmp_path):
+    if folder.name != "llama":
+        pytest.skip("node-llama-cpp takes no control vectors")
+    source, _, strong = _compensated(folder, "Q4_K_M", strength=8.0)
+    write_compensated(source, tmp_path / "out.gguf", strong)
+    ids = _tokens(2, seed=9)
+    out, rows = tmp_path / "out.gguf", ids.tolist()
+    found = torch.tensor(with_llama_cpp.log_probabilities_of_file(out, rows, tmp_path))
+    ours = llama_cpp_logits(out, ids)[:, :-1].log_softmax(-1)
+    expected = ours.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def _run(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def _named(folder):
+    """FLOAT, as a command is given it."""
+    # Of a Qwen2, transformers makes another tokenizer than the files say.
+    return folder / "model.gguf" if "qwen2" in (folder / "config.json").read_text() else folder
+
+
+def test_the_command_line(folder, tmp_path):
+    data = ("--dataset", folder / "text.txt", "--length", 48, "--samples", 8)
+    out, refined = tmp_path / "out.gguf", tmp_path / "new.gguf"
+    said = _run("compensate", folder / "Q2_K.gguf", _named(folder), out, *data)
+    assert f"{out}: loaded by llama.cpp" in said.replace("\n", "")
+    control = folder.name != "llama"
+    assert (f"--control-vector {control_of(out)}" in said) == control
+    assert control_of(out).exists() == control
+
+    _run("refine", out, _named(folder), refined, *data, "--steps", 2)
+    assert compensation_in(GGUFFile(refined)).refined["steps"] == 2
+    assert "Refined by model in 2 steps" in _run("inspect", refined).replace("\n", " ")
+
+    measure = ("--dataset", folder / "text.txt", "--length", 48, "--tokens", 480, "--json")
+    measured = [
+        json.loads(_run("evaluate", path, "--reference", _named(folder), *measure))["kl"]
+        for path in (folder / "Q2_K.gguf", out, refined)
+    ]
+    assert measured[2] < measured[0] and measured[2] < measured[1]
+    expected = ["new.control.gguf", "new.gguf", "out.control.gguf", "out.gguf"]
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == [name for name in expected if control or "control" not in name]
+
+
+def test_another_models_float_is_refused(folder, tmp_path):
+    other = tiny_float(tmp_path / "other", folder.name, seed=1)
+    data = ("--dataset", folder / "text.txt", "--length", 48, "--samples", 8)
+    with pytest.raises(BiasCompensationError, match="float model"):
+        _run("compensate", folder / "Q4_K_M.gguf", _named(other), tmp_path / "out.gguf", *data)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_float_file_will_do_where_its_metadata_say_enough(folder, tmp_path):
+    data = ("--dataset", folder / "text.txt", "--length", 48, "--samples", 8)
+    files = folder / "Q4_K_M.gguf", folder / "model.gguf", tmp_path / "out.gguf"
+    if folder.name in ("llama", "qwen2"):
+        assert "loaded by llama.cpp" in _run("compensate", *files, *data).replace("\n", "")
+        return
+    # transformers does not read the width of Qwen3's heads, nor the scale of Gemma's attention.
+    with pytest.raises(BiasCompensationError, match=r"is not read by|gives other logits with"):
+        _run("compensate", *files, *data)
+    assert list(tmp_path.iterdir()) == []
