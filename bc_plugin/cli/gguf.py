@@ -11,6 +11,7 @@ from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
 from ..files import check_out, new_files
 from ..gguf.file import GGUFFile, is_gguf
+from ..gguf.places import places_in
 from ..refinement.config import RefinementConfig
 from .arguments import check_float, check_loading, text_of
 from .inputs import config_of, float_inputs, pass_settings
@@ -42,13 +43,12 @@ def compensate_file(
 ) -> None:
     """Compute the vectors that llama.cpp can be given, and write them into a copy of the file."""
     source = _checked(quantized, float_model, out, dtype, device_map)
+    places = places_in(source)
     text = text_of(dataset)
     with making(out), new_files(out) as part:
         from .. import compensate as run
         from ..gguf.load import load_model
-        from ..gguf.places import places_in
 
-        places = places_in(source)  # before anything is loaded
         _, calibration, reference = float_inputs(
             float_model, text, length, samples, dtype, device_map
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..config import BiasCompensationConfig
@@ -73,8 +74,10 @@ def load_tokenizer(argument: str, name: str | Path) -> Any:
 
     with _told(f"the tokenizer of {argument}", name, "loaded", "its files beside the weights"):
         if is_gguf(name):
-            path = Path(name).absolute()
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            # Where nothing else is: transformers would take a tokenizer's files beside it.
+            with TemporaryDirectory() as folder:
+                Path(folder, "model.gguf").symlink_to(Path(name).absolute())
+                return AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
         return AutoTokenizer.from_pretrained(name)
 
 
