@@ -6,18 +6,21 @@ CONTROL.gguf may be ``-``. IDS.npy is int64 (sequences, length), OUT.npy float32
 vocabulary). Nothing but llama-cpp-python, gguf and numpy is imported.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
 import sys
+from typing import Any
 
-import llama_cpp
 import numpy as np
-from gguf import GGUFReader
-from llama_cpp._ggml import libggml
 
 
 def main(model_path: str, control_path: str, ids_path: str, out_path: str) -> None:
     """Run the file's sequences, one after the other."""
+    import llama_cpp
+    from llama_cpp._ggml import libggml
+
     llama_cpp.llama_backend_init()
     libggml.ggml_backend_load_all()  # where backends are libraries of their own
     model = llama_cpp.llama_model_load_from_file(
@@ -34,12 +37,14 @@ def main(model_path: str, control_path: str, ids_path: str, out_path: str) -> No
     settings.flash_attn_type = 0
     context = llama_cpp.llama_init_from_model(model, settings)
     if control_path != "-":
-        _set_control_vector(context, model, control_path)
-    np.save(out_path, np.stack([_logits(context, model, row) for row in ids]))
+        _set_control_vector(llama_cpp, context, model, control_path)
+    np.save(out_path, np.stack([_logits(llama_cpp, context, model, row) for row in ids]))
 
 
-def _set_control_vector(context: object, model: object, path: str) -> None:
+def _set_control_vector(llama_cpp: Any, context: Any, model: Any, path: str) -> None:
     """As ``--control-vector`` does: direction.N is added to the output of layer N, from 1 on."""
+    from gguf import GGUFReader
+
     layers = llama_cpp.llama_model_n_layer(model)
     width = llama_cpp.llama_model_n_embd(model)
     data = np.zeros((layers - 1, width), np.float32)
@@ -50,7 +55,7 @@ def _set_control_vector(context: object, model: object, path: str) -> None:
         raise SystemExit(f"llama.cpp does not take {path}")
 
 
-def _logits(context: object, model: object, row: np.ndarray) -> np.ndarray:
+def _logits(llama_cpp: Any, context: Any, model: Any, row: np.ndarray) -> np.ndarray:
     length = len(row)
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
     batch = llama_cpp.llama_batch_init(length, 0, 1)

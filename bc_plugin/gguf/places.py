@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ..errors import BiasCompensationError
 from ..models.architectures import ARCHITECTURES, InGGUF
 from .file import GGUFFile
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # llama.cpp's names of architectures that transformers calls otherwise.
 MODEL_TYPES = {"gemma3": "gemma3_text"}
