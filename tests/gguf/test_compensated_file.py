@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.gguf_files import calibration, tiny, write_file
+from transformers import AutoModelForCausalLM
 
 import bc_plugin
-from bc_plugin import BiasCompensationError
+from bc_plugin import BiasCompensationError, Compensation
 from bc_plugin.gguf.compensated import compensation_in, control_of
 from bc_plugin.gguf.file import GGUFFile
 from bc_plugin.gguf.load import load_model
@@ -210,3 +211,15 @@ def test_another_models_float_is_refused(case):
     wider = tiny(case.source.architecture, num_hidden_layers=2).config
     with pytest.raises(BiasCompensationError, match=r"block_count=3.*num_hidden_layers=2"):
         load_model(case.source, config=wider)
+
+
+@pytest.mark.parametrize("positions", [0, 1])
+def test_what_transformers_loads_is_compensated_in_memory(case, positions):
+    path = case.source.path
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
+    plain, settings = _logits(model), {"positions": positions}
+    compensation = bc_plugin.compensate(model, case.float_model, calibration(), settings)
+    compensation.attach(model)
+    assert not torch.equal(_logits(model), plain)
+    Compensation.attached_to(model).detach(model)
+    assert torch.equal(_logits(model), plain)
