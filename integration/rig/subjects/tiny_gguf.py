@@ -26,7 +26,9 @@ SHAPES = {
     "llama": SHAPE,
     "qwen2": SHAPE,
     "qwen3": {**SHAPE, "head_dim": 64},
+    "nemotron": SHAPE,
     # llama.cpp takes the width of a head for the scale of its attention.
+    "gemma2": {**SHAPE, "head_dim": 64, "sliding_window": 8, "query_pre_attn_scalar": 64},
     "gemma3_text": {**SHAPE, "head_dim": 64, "sliding_window": 8, "query_pre_attn_scalar": 64},
 }
 PIECES = 320  # in the vocabulary
