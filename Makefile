@@ -72,6 +72,8 @@ $(LLAMA_CPP)/.ready: $(VENV)/.ready
 	tar xzf $(LLAMA_CPP)/llama_cpp_python-*.tar.gz -C $(LLAMA_CPP) --strip-components=3 --wildcards \
 		'*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion' '*/vendor/llama.cpp/gguf-py'
 	$(BIN)/pip install --quiet --no-deps --target $(LLAMA_CPP)/python sentencepiece==0.2.3 diskcache==5.6.3
+	$(BIN)/pip install --quiet --target $(LLAMA_CPP)/server fastapi==0.165.0 uvicorn==0.54.0 \
+		sse-starlette==3.7.0 starlette-context==0.5.1 pydantic-settings==2.16.3
 	cd $(LLAMA_CPP) && echo '{"private": true}' > package.json && npm install --silent --ignore-scripts \
 		--omit=optional node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
 	tar xzf $(LLAMA_CPP)/llama_cpp_python-*.tar.gz -C $(LLAMA_CPP)/python --strip-components=1 \

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rig.folders import REPOSITORY
 
@@ -14,7 +21,9 @@ LLAMA_CPP = Path(os.environ.get("BC_PLUGIN_LLAMA_CPP", REPOSITORY / ".llama-cpp"
 CONVERTER = LLAMA_CPP / "convert_hf_to_gguf.py"
 PACKAGES = LLAMA_CPP / "python"  # llama-cpp-python on those binaries, and what it needs
 QUANTIZER = Path(__file__).with_name("llama_quantizer.py").absolute()
+SERVER = Path(__file__).with_name("llama_server.py").absolute()
 SPEED = Path(__file__).with_name("llama_speed.py").absolute()
+SERVER_PACKAGES = LLAMA_CPP / "server"  # what llama-cpp-python's HTTP server needs
 WORKER = Path(__file__).with_name("llama_worker.mjs").absolute()  # it runs in another folder
 
 
@@ -64,6 +73,42 @@ def speeds(
     numbers = [os.environ.get("OMP_NUM_THREADS", "1"), turns, prompt, generated]
     _run_worker(SPEED, out, *map(str, numbers), *(model.absolute() for model in models))
     return json.loads(out.read_text())
+
+
+@contextmanager
+def served(model: Path) -> Iterator[Callable[[str, dict], Any]]:
+    """llama-cpp-python's HTTP server with a file; what is given asks it: a path, and JSON."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    packages = os.pathsep.join(map(str, (PACKAGES, SERVER_PACKAGES)))
+    process = subprocess.Popen(
+        [sys.executable, SERVER, model.absolute(), str(port)],
+        env={**os.environ, "PYTHONPATH": packages},
+        cwd=PACKAGES / "llama_cpp" / "lib",
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def ask(path: str, body: dict | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    try:
+        for _ in range(120):
+            try:
+                ask("/v1/models")
+                break
+            except urllib.error.URLError:
+                assert process.poll() is None, f"the server has ended with {process.poll()}"
+                time.sleep(0.5)
+        yield ask
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def _run_worker(*command: str | Path) -> None:

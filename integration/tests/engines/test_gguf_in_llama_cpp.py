@@ -139,6 +139,26 @@ def test_node_llama_cpp_reads_the_file_too(folder, tmp_path):
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 
+def test_the_http_server_answers_with_the_vectors(folder, tmp_path):
+    if folder.name != "llama":
+        pytest.skip("llama-cpp-python's server takes no control vectors")
+    source, model, strong = _compensated(folder, "Q4_K_M", strength=8.0)
+    write_compensated(source, tmp_path / "out.gguf", strong)
+    with with_llama_cpp.served(tmp_path / "out.gguf") as ask:
+        prompt = "to those that are near"
+        ids = ask("/extras/tokenize", {"input": prompt})["tokens"]
+        plain, expected = (_logits(model, torch.tensor([ids]), c)[0, -1] for c in (None, strong))
+        words = [
+            ask("/extras/detokenize", {"tokens": [int(logits.argmax())]})["text"]
+            for logits in (expected, plain)
+        ]
+        asked = {"prompt": prompt, "max_tokens": 1, "temperature": 0.0}
+        found = ask("/v1/completions", asked)["choices"][0]["text"]
+    print(f"{found!r}, expected {words[0]!r}, without vectors {words[1]!r}")
+    assert words[0] != words[1]
+    assert found == words[0]
+
+
 def _run(*arguments):
     result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
