@@ -10,7 +10,7 @@ import typer
 from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
 from ..files import check_out, new_files
-from ..gguf.file import GGUFFile, is_gguf
+from ..gguf.file import GGUFFile, control_of, is_gguf
 from ..gguf.places import places_in
 from ..refinement.config import RefinementConfig
 from .arguments import check_float, check_loading, text_of
@@ -111,7 +111,8 @@ def refine_file(
 def _checked(model: str, float_model: str, out: Path, dtype: str, device_map: str) -> GGUFFile:
     if not is_gguf(out):
         raise BiasCompensationError(f"{out}: what is written is a GGUF file; name one, as x.gguf.")
-    check_out(out)
+    for path in (out, control_of(out)):
+        check_out(path)
     file = GGUFFile(model)
     check_float(float_model)
     check_loading(dtype, device_map)
@@ -126,8 +127,6 @@ def _write(source: GGUFFile, out: Path, model: Any, compensation: Any) -> str:
 
 
 def _say(out: Path, by: str) -> None:
-    from ..gguf.compensated import control_of
-
     print_sites(out, by_group=True)
     typer.echo(f"{out}: loaded by {by}, with the logits that the plugin gives")
     control = control_of(out)

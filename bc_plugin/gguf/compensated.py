@@ -10,7 +10,6 @@ import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,10 @@ import torch
 from ..errors import BiasCompensationError
 from ..names import FILES_DIGEST, KEY
 from ..vectors.compensation import Compensation
-from .file import SUFFIX, GGUFFile
+from .file import GGUFFile, control_of
 from .places import Places, places_in
 
-CONTROL = ".control" + SUFFIX
 VECTORS_DIGEST = "vectors_digest"
-
-
-def control_of(path: Path) -> Path:
-    """Where the control vector of a compensated file is, if it has one."""
-    return path.with_name(path.name.removesuffix(SUFFIX) + CONTROL)
 
 
 @dataclass(frozen=True)

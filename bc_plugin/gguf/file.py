@@ -23,6 +23,11 @@ def is_gguf(name: str | Path) -> bool:
     return Path(name).suffix.lower() == SUFFIX
 
 
+def control_of(path: Path) -> Path:
+    """Where the control vector of a compensated file is, if it has one."""
+    return path.with_name(f"{path.stem}.control{SUFFIX}")
+
+
 class GGUFFile:
     """Metadata and tensors of a GGUF file, which stay on disk until they are used.
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
 from ..vectors.compensation import Compensation
-from .compensated import compensation_in, control_of
-from .file import GGUFFile
+from .compensated import compensation_in
+from .file import GGUFFile, control_of
 from .load import load_model
 
 TOKENS = 48

@@ -10,8 +10,8 @@ import numpy as np
 from ..errors import BiasCompensationError
 from ..names import FILES_DIGEST, KEY
 from ..vectors.compensation import Compensation
-from .compensated import VECTORS_DIGEST, Said, control_of, said_in
-from .file import GGUFFile
+from .compensated import VECTORS_DIGEST, Said, said_in
+from .file import GGUFFile, control_of
 from .places import Places, places_in
 
 ARCHITECTURE = "general.architecture"

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import bc_plugin
 from bc_plugin import BiasCompensationError, Compensation
-from bc_plugin.gguf.compensated import compensation_in, control_of
-from bc_plugin.gguf.file import GGUFFile
+from bc_plugin.gguf.compensated import compensation_in
+from bc_plugin.gguf.file import GGUFFile, control_of
 from bc_plugin.gguf.load import load_model
 from bc_plugin.gguf.places import places_in
 from bc_plugin.gguf.verify import verify
