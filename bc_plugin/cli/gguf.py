@@ -11,7 +11,7 @@ from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
 from ..files import check_out, new_files
 from ..gguf.file import GGUFFile, control_of, is_gguf
-from ..gguf.places import places_in
+from ..gguf.places import BLOCKS, places_in
 from ..refinement.config import RefinementConfig
 from .arguments import check_float, check_loading, text_of
 from .inputs import config_of, float_inputs, pass_settings
@@ -48,6 +48,7 @@ def compensate_file(
     with making(out), new_files(out) as part:
         from .. import compensate as run
         from ..gguf.load import load_model
+        from ..vectors.short_names import collapse
 
         _, calibration, reference = float_inputs(
             float_model, text, length, samples, dtype, device_map
@@ -56,7 +57,13 @@ def compensate_file(
         only = places.__contains__
         compensation = run(model, reference, calibration, settings, only=only)
         by = _write(source, part / out.name, model, compensation)
+        left = collapse(places.left(_linears(model)))
     _say(out, by)
+    if left:
+        typer.echo(
+            f"llama.cpp has no place for vectors of {', '.join(left)}; blocks were measured "
+            "without them."
+        )
 
 
 def refine_file(
@@ -117,6 +124,12 @@ def _checked(model: str, float_model: str, out: Path, dtype: str, device_map: st
     check_float(float_model)
     check_loading(dtype, device_map)
     return file
+
+
+def _linears(model: Any) -> list[str]:
+    from ..models.modules import linears_of
+
+    return [f"{BLOCKS}.{name}" for name, _ in linears_of(model.get_submodule(BLOCKS))]
 
 
 def _write(source: GGUFFile, out: Path, model: Any, compensation: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # llama.cpp's names of architectures that transformers calls otherwise.
 MODEL_TYPES = {"gemma3": "gemma3_text"}
 BLOCKS = "model.layers"  # the path of the blocks, in every architecture of the table
+DEPTH = BLOCKS.count(".") + 2  # parts in the name of a block
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,22 @@ class Places:
             linear, which then is no site of its own: the block's vector takes out that shift, too.
         directions: By block, the name of its tensor in a control vector.
         heads: By name of a bias tensor, in how many heads its values are permuted.
+        last: The linear, by its path within a block, whose bias is the block's.
     """
 
     biases: Mapping[str, str]
     directions: Mapping[str, str]
     heads: Mapping[str, int]
+    last: str | None
 
     def __contains__(self, site: str) -> bool:
         return site in self.biases or site in self.directions
+
+    def left(self, linears: Iterable[str]) -> list[str]:
+        """Those of some linears, and of their blocks, that there is no place for."""
+        own = [name for name in linears if self.last is None or not name.endswith(f".{self.last}")]
+        blocks = dict.fromkeys(".".join(name.split(".")[:DEPTH]) for name in own)
+        return [name for name in (*own, *blocks) if name not in self]
 
     def stored(self, tensor: str, bias: np.ndarray) -> np.ndarray:
         """A bias in the order of the file's output channels, which is the converter's."""
@@ -67,7 +76,7 @@ def places_in(file: GGUFFile) -> Places:
     directions = {}
     if known.last is None:  # a control vector never reaches the first block
         directions = {f"{BLOCKS}.{n}": f"direction.{n}" for n in range(1, count)}
-    return Places(biases, directions, heads)
+    return Places(biases, directions, heads, known.last)
 
 
 def _architecture(file: GGUFFile) -> InGGUF:

@@ -8,6 +8,8 @@ from bc_plugin import BiasCompensationError
 from bc_plugin.gguf.file import GGUFFile, is_gguf
 from bc_plugin.gguf.places import places_in
 
+LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
@@ -66,3 +68,11 @@ def test_q_and_k_have_the_converters_order(path):
     assert places.read("blk.0.attn_q.bias", stored).tolist() == list(range(32))
     assert places.stored("blk.0.attn_k.bias", np.arange(16.0))[8:10].tolist() == [8, 12]
     assert places.stored("blk.0.attn_v.bias", np.arange(16.0)).tolist() == list(range(16))
+
+
+def test_what_has_no_place_is_told(path, tmp_path):
+    linears = [f"model.layers.{n}.{name}" for n in (0, 1) for name in LINEARS]
+    assert places_in(GGUFFile(path)).left(linears) == []
+    other = places_in(GGUFFile(write_file(tmp_path / "qwen2.gguf", tiny("qwen2"))))
+    mlp = [f"model.layers.{n}.{name}" for n in (0, 1) for name in LINEARS[1:]]
+    assert other.left(linears) == [*mlp, "model.layers.0"]

@@ -14,8 +14,8 @@ from rig.engines import with_llama_cpp
 import bc_plugin
 from bc_plugin import BiasCompensationError
 from bc_plugin.cli import app
-from bc_plugin.gguf.compensated import compensation_in, control_of
-from bc_plugin.gguf.file import GGUFFile
+from bc_plugin.gguf.compensated import compensation_in
+from bc_plugin.gguf.file import GGUFFile, control_of
 from bc_plugin.gguf.load import load_model
 from bc_plugin.gguf.places import places_in
 from bc_plugin.gguf.verify import llama_cpp_logits, verify
@@ -179,6 +179,8 @@ def test_the_command_line(folder, tmp_path):
     control = folder.name not in ("llama", "nemotron")
     assert (f"--control-vector {control_of(out)}" in said) == control
     assert control_of(out).exists() == control
+    left = "model.layers.[0-2].mlp.down_proj, model.layers.[0];"
+    assert (left in said) == control
 
     _run("refine", out, _named(folder), refined, *data, "--steps", 2)
     assert compensation_in(GGUFFile(refined)).refined["steps"] == 2
