@@ -48,19 +48,26 @@ def load_model(
         _require_widths(file, config)
         given = {"config": copy.deepcopy(config)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             file.path.absolute().parent,
             gguf_file=file.path.name,
             dtype=dtype,
             device_map=device_map,
+            output_loading_info=True,
             **given,
-        ).eval()
+        )
     except Exception as error:  # of many kinds
         raise BiasCompensationError(
             f"{file.path}, of the architecture {file.architecture!r}, is not read by transformers "
             f"({type(error).__name__}: {' '.join(str(error).split())}). Where its config differs "
             "from what the metadata say, name the float model's folder, whose config is taken."
         ) from error
+    if loaded["missing_keys"]:  # transformers would go on with random values
+        raise BiasCompensationError(
+            f"{file.path} has no tensors for {sorted(loaded['missing_keys'])} of the float model's "
+            "config; name the float model that it was quantized from."
+        )
+    model.eval()
     # What is left are plain float weights.
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         vars(model).pop(name, None)

@@ -223,3 +223,13 @@ def test_what_transformers_loads_is_compensated_in_memory(case, positions):
     assert not torch.equal(_logits(model), plain)
     Compensation.attached_to(model).detach(model)
     assert torch.equal(_logits(model), plain)
+
+
+def test_a_config_with_more_weights_is_refused(case):
+    config = tiny(case.source.architecture).config
+    config.attention_bias = True  # Qwen2 has those of q, k and v whatever its config says
+    if case.source.architecture == "llama":
+        with pytest.raises(BiasCompensationError, match=r"no tensors for \['model.layers.0.self"):
+            load_model(case.source, config=config)
+    else:
+        load_model(case.source, config=config)
