@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import BiasCompensationError
 from ..names import FILES_DIGEST, KEY
@@ -46,7 +46,9 @@ def write_compensated(source: GGUFFile, out: Path, compensation: Compensation) -
         for site, vector in vectors.items()
         if site in places.directions
     }
-    kept = compensation.replaced(vectors=_as_tensors(vectors))
+    kept = compensation.replaced(
+        vectors={site: torch.tensor(np.array(vector))[None] for site, vector in vectors.items()}
+    )
     entry = {**kept.entry(), FILES_DIGEST: source.digest(without=places.biases.values())}
     own = {name: base for name, base in bases.items() if name in biases}
     said = Said(entry, tuple(biases), own, tuple(directions))
@@ -108,12 +110,6 @@ def _biases(
         # What is read back is the difference, which rounding may have moved.
         vectors[site] = value if base is None else places.read(name, biases[name] - base)
     return biases, vectors
-
-
-def _as_tensors(vectors: dict[str, np.ndarray]) -> dict[str, Any]:
-    import torch
-
-    return {site: torch.tensor(np.array(vector))[None] for site, vector in vectors.items()}
 
 
 def _write(
