@@ -67,7 +67,7 @@ def main() -> None:
         with_llama_cpp.convert(source, whole)
     float_model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     few = data[: options.calibrated]
-    imatrix = FOLDER / "imatrix.npz"
+    imatrix = FOLDER / f"imatrix-{options.calibrated}-{options.length}.npz"
     if not imatrix.exists():
         write_imatrix(float_model, few, imatrix)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
