@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 
 .PHONY: setup setup-legacy setup-vllm setup-llmcompressor setup-llama-cpp demo test test-current \
 	test-legacy test-reliability test-vllm test-llmcompressor test-autoround test-llama-cpp lint benchmark benchmark-toolkits benchmark-serving \
-	benchmark-comparison benchmark-vision benchmark-architectures benchmark-threads dist clean
+	benchmark-comparison benchmark-gguf benchmark-vision benchmark-architectures benchmark-threads dist clean
 
 setup: $(VENV)/.ready
 
@@ -64,16 +64,25 @@ $(LLMCOMPRESSOR)/.ready: pyproject.toml integration/environments/llmcompressor.t
 
 setup-llama-cpp: $(LLAMA_CPP)/.ready
 
-# Nothing is compiled: the converter is in the source package of llama-cpp-python, and node-llama-cpp
-# brings binaries.
+# Nothing is compiled: the converter and the Python binding are in the source package of
+# llama-cpp-python, and node-llama-cpp brings binaries, of a llama.cpp a few days older: what the binding
+# names and they have not, nobody here calls.
 $(LLAMA_CPP)/.ready: $(VENV)/.ready
 	mkdir -p $(LLAMA_CPP)
 	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $(LLAMA_CPP) llama-cpp-python==0.3.36
 	tar xzf $(LLAMA_CPP)/llama_cpp_python-*.tar.gz -C $(LLAMA_CPP) --strip-components=3 --wildcards \
 		'*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion' '*/vendor/llama.cpp/gguf-py'
-	$(BIN)/pip install --quiet --no-deps --target $(LLAMA_CPP)/python sentencepiece==0.2.3
-	cd $(LLAMA_CPP) && npm init --yes > /dev/null && npm install --silent --ignore-scripts --omit=optional \
-		node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
+	$(BIN)/pip install --quiet --no-deps --target $(LLAMA_CPP)/python sentencepiece==0.2.3 diskcache==5.6.3
+	$(BIN)/pip install --quiet --target $(LLAMA_CPP)/server fastapi==0.165.0 uvicorn==0.54.0 \
+		sse-starlette==3.7.0 starlette-context==0.5.1 pydantic-settings==2.16.3
+	cd $(LLAMA_CPP) && echo '{"private": true}' > package.json && npm install --silent --ignore-scripts \
+		--omit=optional node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
+	tar xzf $(LLAMA_CPP)/llama_cpp_python-*.tar.gz -C $(LLAMA_CPP)/python --strip-components=1 \
+		--wildcards '*/llama_cpp'
+	sed -i 's/if enabled:/if enabled and hasattr(lib, name):/' $(LLAMA_CPP)/python/llama_cpp/_ctypes_extensions.py
+	mkdir -p $(LLAMA_CPP)/python/llama_cpp/lib && cd $(LLAMA_CPP)/python/llama_cpp/lib && \
+		ln -sf ../../../node_modules/@node-llama-cpp/linux-x64/bins/linux-x64/*.so . && \
+		ln -sf libllama.v*.so libllama.so && ln -sf libggml.v*.so libggml.so
 	touch $@
 
 demo: setup
@@ -113,9 +122,10 @@ test-autoround: setup
 	$(BIN)/python -m pytest integration/tests/toolkits/test_autoround.py \
 		integration/tests/toolkits/test_conformance.py -k autoround
 
-# Exported checkpoints in llama.cpp; needs node.
+# Exported checkpoints and compensated GGUF files in llama.cpp; needs node.
 test-llama-cpp: setup setup-llama-cpp
-	$(BIN)/python -m pytest integration/tests/engines/test_llama_cpp.py
+	$(BIN)/python -m pytest integration/tests/engines/test_llama_cpp.py \
+		integration/tests/engines/test_gguf_in_llama_cpp.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -146,6 +156,10 @@ benchmark-serving: setup setup-vllm
 benchmark-comparison: setup
 	$(BIN)/pip install --quiet --no-deps auto-round==0.16.1 py-cpuinfo==9.0.0
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/comparison.py $(ARGS)
+
+# SmolLM2-135M in llama.cpp's own types, and what compensation and refinement give back; some hours.
+benchmark-gguf: setup setup-llama-cpp
+	PYTHONPATH=integration $(BIN)/python integration/benchmarks/gguf_files.py $(ARGS)
 
 # About an hour on two busy cores, nearly half of it training that is kept.
 benchmark-vision: setup

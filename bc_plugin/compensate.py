@@ -60,6 +60,7 @@ def compensate(
     *,
     rescalings: Mapping[str, Rescaling] | None = None,
     copy_to_run: Callable[[nn.Module], nn.Module] = copy_of,
+    only: Callable[[str], bool] = lambda name: True,
 ) -> Compensation:
     """Compute the vectors that take the mean shift out of a quantized model.
 
@@ -83,6 +84,8 @@ def compensate(
         rescalings: For blocks of the quantized model, the scales that AWQ moved within them.
             Without that record only the blocks' outputs of such a model are compensated.
         copy_to_run: Makes of a quantized block the copy that is run.
+        only: Whether a site, by its name, is to be compensated, for what cannot hold a vector
+            everywhere. A block then is measured with what the others leave.
 
     Returns:
         The vectors and the error of each site before and after. Weights that were quantized jointly
@@ -104,7 +107,7 @@ def compensate(
     scales = FittedScales(copy_to_run, wanted=config.scales)
     with evaluating(quantized_model, float_model), scales:
         compensation = _Pass(
-            quantized_model, float_model, calibration, config, rescalings or {}, scales
+            quantized_model, float_model, calibration, config, rescalings or {}, scales, only
         ).run()
     compensation.seconds = time.perf_counter() - start
     return compensation
@@ -121,10 +124,12 @@ class _Pass:
         config: BiasCompensationConfig,
         rescalings: Mapping[str, Rescaling],
         scales: FittedScales,
+        only: Callable[[str], bool],
     ) -> None:
         self.model, self.float_model, self.config = model, float_model, config
         self.calibration = checked_items(calibration, vocabulary_of(model, float_model))
         self.rescalings, self.scales, self.copy_to_run = rescalings, scales, scales.copy_to_run
+        self.only = only
         self.live = require_model(float_model)
         self.lists = (
             find_block_lists(model, config.blocks)
@@ -186,7 +191,8 @@ class _Pass:
 
     def _compensate_outside(self) -> None:
         """The sites outside of the blocks. No other site depends on their vectors."""
-        kinds = sites_outside(self.float_model, self.model, self.lists)
+        found = sites_outside(self.float_model, self.model, self.lists)
+        kinds = {name: kind for name, kind in found.items() if self.only(name)}
         if not kinds:
             return
         fitted, apart = calibration_batches(self.calibration, self.config)
@@ -220,6 +226,7 @@ class _Pass:
             changed = linear_sites(reference, quantized)
             experts = changed_experts(reference, quantized)
             wanted = changed if "linear" in self.config.sites else []
+            wanted = [path for path in wanted if self.only(f"{name}.{path}")]
             linears = comparable(reference, quantized, wanted, moved)
             settings = linears, self.stream, self.positions, moved, self.dtype
             if self.scales.fit(name, number, reference, own, *settings):
@@ -227,14 +234,14 @@ class _Pass:
             sites, outputs = measure_linears(name, number, reference, quantized, *settings)
             _add_up(sites)
         self.experts += [f"{name}.{path}" for path in experts]
-        stood_for = "block" in self.config.sites and bool(changed or experts)
+        stood_for = "block" in self.config.sites and bool(changed or experts) and self.only(name)
         self.changed |= bool(changed) or stood_for
         others = not moved.inputs and any(site.agreement.is_missing for site in sites)
         if others:
             sites = []  # scales were moved, or weights rotated: the others' inputs are others, too
             self.scales.undo(f"{name}.")
             quantized = self.copy_to_run(own)
-        self.rescaled |= others or ("linear" in self.config.sites and bool(changed) and not linears)
+        self.rescaled |= others or (bool(wanted) and not linears)
         kept = [site.name for site in sites if self._keep(site)]
         if stood_for:
             linear = {path.removeprefix(f"{name}."): self.vectors[path] for path in kept}

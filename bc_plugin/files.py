@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from .errors import BiasCompensationError
 
@@ -37,7 +38,28 @@ def written_whole(path: Path) -> Iterator[Path]:
 def check_out(out: Path) -> None:
     """Raises: BiasCompensationError: there is something of that name already."""
     if os.path.lexists(out):
-        raise BiasCompensationError(f"{out} exists already; name a folder that does not.")
+        raise BiasCompensationError(f"{out} exists already; name one that does not.")
+
+
+@contextmanager
+def new_files(out: Path) -> Iterator[Path]:
+    """A folder whose files come to lie where ``out`` is to, when all went well, ``out`` the last.
+
+    Raises:
+        BiasCompensationError: as ``new_folder``.
+    """
+    check_out(out)
+    folder = out.with_name(f".{out.name}.files")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed at its very end
+    with new_folder(folder) as part:
+        yield part
+    files = sorted(folder.iterdir(), key=lambda file: file.name == out.name)
+    for place in (out.with_name(file.name) for file in files):
+        if os.path.lexists(place):
+            _keep_beside(folder, out, place)
+    for file in files:
+        os.replace(file, out.with_name(file.name))
+    folder.rmdir()
 
 
 @contextmanager
@@ -137,11 +159,16 @@ def _put_in_place(part: Path, out: Path) -> None:
     except OSError:
         if not os.path.lexists(out):
             raise
+    _keep_beside(part, out, out)
+
+
+def _keep_beside(part: Path, out: Path, taken: Path) -> NoReturn:
+    """Rename a finished folder whose place is taken, or that of a file in it."""
     numbered = (out.with_name(f"{out.name}.{n}") for n in range(1, 1000))
     kept = next(path for path in numbered if not os.path.lexists(path))
     part.rename(kept)
     raise BiasCompensationError(
-        f"{out} has come to exist meanwhile, and was left as it is. What was computed is whole, "
+        f"{taken} has come to exist meanwhile, and was left as it is. What was computed is whole, "
         f"and in {kept}: rename that."
     )
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from bc_plugin import BiasCompensationError
-from bc_plugin.files import new_folder, written_whole
+from bc_plugin.files import new_files, new_folder, written_whole
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077])
@@ -148,3 +148,34 @@ def test_what_a_killed_run_leaves_is_removed_by_the_next(tmp_path):
         assert not os.path.isdir(part) and not mine.exists()
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [".out.backup", ".out.v2.0123abcd.part", "first", "other", "out"]
+
+
+def test_files_take_their_places_together(tmp_path):
+    with new_files(tmp_path / "out.gguf") as part:
+        for name in ("out.gguf", "out.control.gguf"):
+            (part / name).write_text(name)
+        assert [path.name for path in tmp_path.iterdir()] == [part.name]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "out.gguf": "out.gguf",
+        "out.control.gguf": "out.control.gguf",
+    }
+
+
+def test_of_files_that_fail_nothing_is_left(tmp_path):
+    with pytest.raises(ZeroDivisionError), new_files(tmp_path / "out.gguf") as part:
+        (part / "out.gguf").touch()
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["out.gguf", "out.control.gguf"])
+def test_a_file_that_appears_meanwhile_is_left_and_the_work_kept(tmp_path, name):
+    out, kept = tmp_path / "out.gguf", tmp_path / "out.gguf.1"
+    expected = f"{name} has come to exist meanwhile.* in {kept}: rename"
+    with pytest.raises(BiasCompensationError, match=expected), new_files(out) as part:
+        for each in ("out.gguf", "out.control.gguf"):
+            (part / each).write_text("computed")
+        (tmp_path / name).write_text("other")
+    assert (tmp_path / name).read_text() == "other"
+    assert {path.read_text() for path in kept.iterdir()} == {"computed"}
+    assert {path.name for path in tmp_path.iterdir()} == {name, kept.name}

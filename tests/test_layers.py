@@ -19,7 +19,7 @@ BANDS = (
     ("files", "texts", "config", "supported", "ranks"),
     ("models",),
     ("vectors", "calibration"),
-    ("shift", "refinement", "engines"),
+    ("shift", "refinement", "engines", "gguf"),
     ("compensate", "refine", "export", "evaluate"),
     ("toolkits",),
     ("llmcompressor",),

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import DTYPES
 from ..errors import BiasCompensationError
+from ..gguf.file import GGUFFile, is_gguf
 from ..names import KEY
 from ..texts import read_text
 
@@ -132,6 +133,25 @@ def float_config(name: str) -> dict[str, Any]:
             "in the order that --help shows?"
         )
     return config
+
+
+def check_model(argument: str, name: str) -> None:
+    """Raises: BiasCompensationError: it is no checkpoint, nor a GGUF file."""
+    if is_gguf(name):
+        GGUFFile(name)
+    else:
+        model_config(argument, name)
+
+
+def check_float(name: str) -> None:
+    """Raises: BiasCompensationError: FLOAT is no float model, of a folder, the hub or a file."""
+    if not is_gguf(name):
+        float_config(name)
+    elif not GGUFFile(name).is_float:
+        raise BiasCompensationError(
+            f"FLOAT {name} is quantized ({', '.join(GGUFFile(name).types())}); expected the float "
+            "model it came from. Are the arguments in the order that --help shows?"
+        )
 
 
 def check_gptq(

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from ..files import check_out, new_folder
+from ..gguf.file import is_gguf
 from .arguments import check_loading, float_config, model_config, text_of
+from .gguf import compensate_file, settings_for_file
 from .inputs import float_inputs, load_as_stored, pass_settings
 from .options import (
     CalibrationData,
@@ -16,7 +18,6 @@ from .options import (
     FloatModel,
     Length,
     Out,
-    Positions,
     Samples,
     Scales,
     Sites,
@@ -27,11 +28,19 @@ from .stopped import making
 
 
 def compensate(
-    quantized: Annotated[str, typer.Argument(metavar="QUANTIZED", help="Quantized checkpoint.")],
+    quantized: Annotated[
+        str, typer.Argument(metavar="QUANTIZED", help="Quantized checkpoint, or GGUF file.")
+    ],
     float_model: FloatModel,
     out: Out,
     dataset: CalibrationData,
-    positions: Positions = "1",
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Leading tokens with a vector of their own: 0, 1, ... or `all`. Unless given, 1; "
+            "a GGUF file has room for 0.",
+        ),
+    ] = None,
     sites: Sites = "linear block",
     scales: Scales = False,
     samples: Samples = 128,
@@ -39,13 +48,18 @@ def compensate(
     dtype: Dtype = "auto",
     device_map: DeviceMap = "auto",
 ) -> None:
-    """Compensate a checkpoint that is quantized already.
+    """Compensate a checkpoint that is quantized already, or a GGUF file of llama.cpp's.
 
-    Vectors that it has are computed anew.
+    Vectors that it has are computed anew. Of a GGUF file, OUT is one, too.
 
     Example: `bc-plugin compensate ./gptq ./SmolLM2-135M ./out --dataset text.txt --positions 0`
     """
-    settings = pass_settings(positions, sites, scales=scales)
+    if is_gguf(quantized):
+        one = settings_for_file(positions, sites, scales)
+        data = dataset, one, samples, length, dtype, device_map
+        compensate_file(quantized, float_model, out, *data)
+        return
+    settings = pass_settings(positions or "1", sites, scales=scales)
     check_out(out)
     model_config("QUANTIZED", quantized)
     float_config(float_model)

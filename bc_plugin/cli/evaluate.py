@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import BiasCompensationError
-from .arguments import check_loading, model_config, text_of
-from .inputs import load_model, load_tokenizer
+from ..gguf.file import is_gguf
+from .arguments import check_loading, check_model, text_of
+from .inputs import config_of, load_model, load_tokenizer
 from .options import (
     Dataset,
     DeviceMap,
@@ -22,7 +23,7 @@ from .options import (
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub name or GGUF file.")],
     dataset: Dataset,
     reference: Annotated[str | None, typer.Option(help="The float model to compare with.")] = None,
     without_compensation: Annotated[
@@ -38,9 +39,9 @@ def evaluate(
 
     Example: `bc-plugin evaluate ./out --reference ./SmolLM2-135M --dataset text.txt --tokens 8192`
     """
-    model_config("MODEL", model)
+    check_model("MODEL", model)
     if reference is not None:
-        model_config("--reference", reference)
+        check_model("--reference", reference)
     check_loading(dtype, device_map)
     # Toolkits print to the standard output, which is for the result.
     with contextlib.redirect_stdout(sys.stderr):
@@ -54,7 +55,8 @@ def evaluate(
         whose = ("--reference", reference) if reference else ("MODEL", model)
         tokenizer = load_tokenizer(*whose)
         batches = windows(text, tokenizer, length, max(1, tokens // length))
-        loaded = load_model("MODEL", model, dtype, device_map)
+        given = {"config": config_of(reference)} if is_gguf(model) and reference else {}
+        loaded = load_model("MODEL", model, dtype, device_map, **given)
         if without_compensation:
             compensation = Compensation.attached_to(loaded)
             if compensation is None:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
+from ..gguf.file import GGUFFile, is_gguf
 
 
 def pass_settings(positions: str, sites: str, **others: Any) -> BiasCompensationConfig:
@@ -21,11 +23,13 @@ def pass_settings(positions: str, sites: str, **others: Any) -> BiasCompensation
 
 
 def load_model(argument: str, name: str | Path, dtype: str, device_map: str, **kwargs: Any) -> Any:
-    """A causal language model of a folder or a name on the hub.
+    """A causal language model of a folder, a name on the hub or a GGUF file, with its vectors.
 
     Raises:
         BiasCompensationError: it cannot be loaded.
     """
+    if is_gguf(name):
+        return _load_file(name, dtype, device_map, **kwargs)
     from transformers import AutoModelForCausalLM
 
     done = "quantized" if "quantization_config" in kwargs else "loaded"
@@ -33,6 +37,27 @@ def load_model(argument: str, name: str | Path, dtype: str, device_map: str, **k
         return AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map=device_map, **kwargs
         ).eval()
+
+
+def _load_file(name: str | Path, dtype: str, device_map: str, config: Any = None) -> Any:
+    import torch
+
+    from ..gguf.compensated import compensation_in
+    from ..gguf.load import load_model as load
+
+    file = GGUFFile(name)
+    kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    model, compensation = load(file, kind, device_map, config), compensation_in(file)
+    if compensation is not None:
+        compensation.attach_unchecked(model)
+    return model
+
+
+def config_of(name: str | Path) -> Any:
+    """The config of a folder or of a name on the hub; None for a GGUF file, which has none."""
+    from transformers import AutoConfig
+
+    return None if is_gguf(name) else AutoConfig.from_pretrained(name)
 
 
 def load_as_stored(argument: str, name: str | Path, dtype: str, device_map: str) -> Any:
@@ -48,6 +73,11 @@ def load_tokenizer(argument: str, name: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     with _told(f"the tokenizer of {argument}", name, "loaded", "its files beside the weights"):
+        if is_gguf(name):
+            # Where nothing else is: transformers would take a tokenizer's files beside it.
+            with TemporaryDirectory() as folder:
+                Path(folder, "model.gguf").symlink_to(Path(name).absolute())
+                return AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
         return AutoTokenizer.from_pretrained(name)
 
 

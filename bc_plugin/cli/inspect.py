@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from ..gguf.file import GGUFFile, is_gguf
 from .arguments import existing_folder
 from .sites import print_sites
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A compensated checkpoint.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A compensated checkpoint, or GGUF file.")
+    ],
     all_sites: Annotated[
         bool, typer.Option("--all", help="A row per site, not per group.")
     ] = False,
@@ -21,5 +24,10 @@ def inspect(
 
     Example: `bc-plugin inspect ./out`
     """
-    existing_folder("MODEL", model)
+    if is_gguf(model):
+        file = GGUFFile(model)
+        types = ", ".join(f"{count} {name}" for name, count in file.types().items())
+        typer.echo(f"{model}: {file.architecture}, tensors: {types}")
+    else:
+        existing_folder("MODEL", model)
     print_sites(model, by_group=not all_sites)

@@ -10,9 +10,11 @@ import typer
 
 from ..errors import BiasCompensationError
 from ..files import check_out, new_folder
+from ..gguf.file import is_gguf
 from ..names import KEY
 from ..refinement.config import RefinementConfig
 from .arguments import check_loading, float_config, model_config, text_of
+from .gguf import refine_file
 from .inputs import float_inputs, load_as_stored
 from .options import (
     CalibrationData,
@@ -24,12 +26,14 @@ from .options import (
     Samples,
 )
 from .outputs import write
-from .sites import print_sites
+from .sites import load_compensation, print_sites
 from .stopped import making
 
 
 def refine(
-    compensated: Annotated[str, typer.Argument(metavar="COMPENSATED", help="A checkpoint.")],
+    compensated: Annotated[
+        str, typer.Argument(metavar="COMPENSATED", help="Checkpoint, or GGUF file.")
+    ],
     float_model: FloatModel,
     out: Out,
     dataset: CalibrationData,
@@ -67,6 +71,10 @@ def refine(
     started = _progress_of(out)
     if started.exists() and not started.is_dir():
         raise BiasCompensationError(f"{started} is for progress, and is a file; name another OUT.")
+    if is_gguf(compensated):
+        data = dataset, config, samples, length, dtype, device_map
+        refine_file(compensated, float_model, out, *data, started)
+        return
     float_config(float_model)
     _require_compensated(compensated)
     check_loading(dtype, device_map)
@@ -105,11 +113,10 @@ def _tidy(out: Path) -> None:
     if not (out.name and out.exists() and _progress_of(out).exists()):
         return
     started = _progress_of(out)
-    from .. import Compensation
     from ..refinement.progress import delete_progress, is_in_place
 
     with suppress(BiasCompensationError):  # what is there is not that result
-        if is_in_place(started, Compensation.load(out).vectors):
+        if is_in_place(started, load_compensation(out).vectors):
             delete_progress(started)
 
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Column, Table
 
+from ..errors import BiasCompensationError
+from ..gguf.file import GGUFFile, is_gguf
 
-def print_sites(folder: Path, by_group: bool) -> None:
+if TYPE_CHECKING:
     from .. import Compensation
+
+
+def print_sites(model: Path, by_group: bool) -> None:
+    """Args: model: A compensated checkpoint, or a compensated GGUF file."""
     from ..vectors.short_names import collapse
 
-    compensation = Compensation.load(folder)
+    compensation = load_compensation(model)
     rows = {row["site"]: row for row in compensation.describe()}
     groups = collapse(rows) if by_group else {name: [name] for name in rows}
     columns = ("before", "after", "held_out_before", "held_out_after")
@@ -46,6 +53,27 @@ def print_sites(folder: Path, by_group: bool) -> None:
                 **compensation.refined
             )
         )
+
+
+def load_compensation(model: Path) -> Compensation:
+    """The vectors of a checkpoint or a GGUF file.
+
+    Raises:
+        BiasCompensationError: it has none, or is damaged.
+    """
+    from .. import Compensation
+
+    if not is_gguf(model):
+        return Compensation.load(model)
+    from ..gguf.compensated import compensation_in
+
+    compensation = compensation_in(GGUFFile(model))
+    if compensation is None:
+        raise BiasCompensationError(
+            f"{model} holds no compensation; `bc-plugin compensate {model} FLOAT OUT.gguf "
+            "--dataset TEXT` makes a file that does."
+        )
+    return compensation
 
 
 def _mean(values: list[float | None]) -> str:

@@ -1,7 +1,7 @@
 """Which linears of an architecture may carry a bias, and which engines read it.
 
-Read in the sources of transformers 5.23, vLLM 0.32 and llama.cpp. An engine that is not listed for
-an architecture was not looked into, or does not run it.
+Read in the sources of transformers 5.23, vLLM 0.32 and llama.cpp (as in llama-cpp-python 0.3.36).
+An engine that is not listed for an architecture was not looked into, or does not run it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,24 @@ def _plain(config: Mapping[str, Any]) -> float | None:
 
 
 @dataclass(frozen=True)
+class InGGUF:
+    """What llama.cpp asks the GGUF files of an architecture for.
+
+    Attributes:
+        biases: Linears whose bias it adds if a file brings one (``TENSOR_NOT_REQUIRED``); a tensor
+            that it does not ask for is an error to it.
+        last: The one of them whose output goes into the block's output unchanged, if any. Where
+            there is none, a control vector reaches the outputs of all blocks but the first.
+        permuted: Linears whose output channels the converter orders for llama.cpp's rotary
+            embedding, head by head.
+    """
+
+    biases: tuple[str, ...]
+    last: str | None = None
+    permuted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Where the blocks of a model type have biases.
 
@@ -34,12 +52,14 @@ class Architecture:
             where a norm follows, or where it cannot have a bias.
         factor: That factor, from the config; None where it is not unchanged after all.
         engines: Linears whose bias each engine reads.
+        gguf: What its GGUF files may hold; None where transformers reads none, or nobody looked.
     """
 
     flags: Mapping[str, tuple[str, ...]]
     last: str | None
     engines: Mapping[str, tuple[str, ...]]
     factor: Callable[[Mapping[str, Any]], float | None] = _plain
+    gguf: InGGUF | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -51,10 +71,11 @@ def _known(
     flags: Mapping[str, tuple[str, ...]],
     last: str | None,
     factor: Callable[[Mapping[str, Any]], float | None] = _plain,
+    gguf: InGGUF | None = None,
     **engines: tuple[str, ...],
 ) -> Architecture:
     """transformers reads every bias it has a flag for."""
-    return Architecture(flags, last, {"transformers": _linears(flags), **engines}, factor)
+    return Architecture(flags, last, {"transformers": _linears(flags), **engines}, factor, gguf)
 
 
 def _granite_factor(config: Mapping[str, Any]) -> float | None:
@@ -76,13 +97,25 @@ _GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 _NEOX_MLP = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _NEOX_ATTENTION = ("attention.query_key_value", "attention.dense")
 _BLOOM = ("self_attention.query_key_value", "self_attention.dense", *_NEOX_MLP)
+# llama.cpp's create_tensor_qkv asks for these in any architecture that builds q, k and v by it.
+_IN_GGUF = InGGUF(_QKV)
+_LLAMA_IN_GGUF = InGGUF((*_QKVO, *_MLP), last="mlp.down_proj", permuted=_QKV[:2])
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _known(
-        _LLAMA, "mlp.down_proj", vllm=(*_QKVO, *_MLP), **{"llama.cpp": (*_QKVO, *_MLP)}
+        _LLAMA,
+        "mlp.down_proj",
+        gguf=_LLAMA_IN_GGUF,
+        vllm=(*_QKVO, *_MLP),
+        **{"llama.cpp": (*_QKVO, *_MLP)},
     ),
     "granite": _known(_LLAMA, "mlp.down_proj", _granite_factor, vllm=(*_QKVO, *_MLP)),
     "smollm3": _known(_LLAMA, "mlp.down_proj"),
+    "nemotron": _known(
+        {"attention_bias": _QKVO, "mlp_bias": _MLP[1:]},
+        "mlp.down_proj",
+        gguf=InGGUF((*_QKVO, *_MLP[1:]), last="mlp.down_proj"),
+    ),
     "starcoder2": _known({"use_bias": _STARCODER}, "mlp.c_proj"),
     "falcon": _known({"bias": _BLOOM}, "mlp.dense_4h_to_h", vllm=_BLOOM),
     "opt": _known({"enable_bias": _OPT}, "fc2", _opt_factor, vllm=_OPT),
@@ -90,10 +123,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": _known({ALWAYS: _GPT2}, "mlp.c_proj", vllm=_GPT2),
     "phi": _known({ALWAYS: _PHI}, "mlp.fc2"),
     "gpt_neox": _known({"attention_bias": _NEOX_ATTENTION, ALWAYS: _NEOX_MLP}, "mlp.dense_4h_to_h"),
-    "qwen2": _known({ALWAYS: _QKV}, None, vllm=_QKV),
-    "qwen3": _known({"attention_bias": _QKVO}, None, vllm=_QKV),
+    "qwen2": _known({ALWAYS: _QKV}, None, gguf=_IN_GGUF, vllm=_QKV),
+    "qwen3": _known({"attention_bias": _QKVO}, None, gguf=_IN_GGUF, vllm=_QKV),
     "gemma": _known({"attention_bias": _QKVO}, None, vllm=()),
-    "gemma3_text": _known({"attention_bias": _QKVO}, None, vllm=_QKVO),
+    "gemma3_text": _known({"attention_bias": _QKVO}, None, gguf=_IN_GGUF, vllm=_QKVO),
+    "gemma2": _known({"attention_bias": _QKVO}, None, gguf=_IN_GGUF),
     "olmo": _known({"attention_bias": _QKVO}, None),
     "cohere": _known({"attention_bias": _QKVO}, "self_attn.o_proj", vllm=()),
     "stablelm": _known({"use_qkv_bias": _QKV}, None, vllm=_QKV),

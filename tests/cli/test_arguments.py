@@ -27,6 +27,7 @@ QUANTIZE = ("quantize", "float", "new", *TEXT)
 COMPENSATE = ("compensate", "quantized", "float", "new", *TEXT)
 REFINE = ("refine", "compensated", "float", "new", *TEXT)
 EVALUATE = ("evaluate", "float", *TEXT)
+OF_FILE = ("compensate", "text.gguf", "float")
 EXPORT = ("export", "quantized", "new")
 
 
@@ -100,13 +101,23 @@ SAID = [
     ((*EXPORT, "--for", "nonsense"), r"--for nonsense: expected one of transformers, vllm, llama"),
     ((*EXPORT, "--device-map", "gpu"), r"--device-map gpu: expected one of"),
     # OUT.
-    (("quantize", "float", "float", *TEXT), r"float exists already; name a folder that does not"),
+    (("quantize", "float", "float", *TEXT), r"float exists already; name one that does not"),
     (("quantize", "float", "float", "--dataset", "none"), r"float exists already"),
     (("compensate", "quantized", "float", "empty", *TEXT), r"empty exists already"),
     (("refine", "compensated", "float", ".", *TEXT), r"\. exists already"),
     (("export", "quantized", "text.txt"), r"text.txt exists already"),
     (("refine", "compensated", "float", "old", *TEXT), r"old.refining is for progress, and is a f"),
     (("quantize", "float", "text.txt/new", *TEXT), r"text.txt/new cannot be made: .*may write to"),
+    # GGUF files.
+    ((*OF_FILE, "new", *TEXT), r"new: what is written is a GGUF file; name one"),
+    ((*OF_FILE, "text.gguf", *TEXT), r"text.gguf exists already; name one that does not"),
+    ((*OF_FILE, "new.gguf", *TEXT), r"text.gguf is no GGUF file, or is damaged or incomplete"),
+    (("compensate", "no.gguf", "float", "new.gguf", *TEXT), r"there is no file no.gguf"),
+    ((*OF_FILE, "new.gguf", *TEXT, "--positions", "1"), r"--positions 1: a GGUF file has one bias"),
+    ((*OF_FILE, "new.gguf", *TEXT, "--scales"), r"--scales: the scales of a GGUF file stay"),
+    (("refine", *OF_FILE[1:], "new.gguf", *TEXT, "--train", "norms"), r"`vectors` are trained"),
+    (("evaluate", "text.gguf", *TEXT), r"text.gguf is no GGUF file"),
+    (("inspect", "no.gguf"), r"there is no file no.gguf"),
 ]
 USAGE = [
     ((*QUANTIZE, "--samples", "0"), "--samples"),
@@ -145,6 +156,7 @@ def answers(tmp_path_factory):
     (folder / "binary" / "config.json").write_bytes(b"\xff\xfe")
     files = {
         "text.txt": "text",
+        "text.gguf": "no model",
         "old.refining": "",
         "table.csv": "a,b",
         "empty.txt": " \n",

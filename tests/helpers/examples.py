@@ -112,10 +112,15 @@ def _serve(arguments: Sequence[str]) -> None:
     assert arguments[0] == "serve"
 
 
+def _llama_server(arguments: Sequence[str]) -> None:
+    assert set(arguments[::2]) <= {"--model", "--control-vector"}
+
+
 CHECKS = {
     "bc-plugin": _bc_plugin,
     "make": _make,
     "python": _python,
     "pip": _pip,
     "vllm": _serve,
+    "llama-server": _llama_server,
 }

@@ -19,6 +19,8 @@ def test_the_table_names_what_exists(name):
     settings = {flag: True for flag in architecture.flags if flag}
     config = AutoConfig.for_model(name, **settings)
     config.num_hidden_layers = 1
+    if getattr(config, "num_key_value_heads", 1) is None:  # Nemotron's own default
+        config.num_key_value_heads = config.num_attention_heads
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     block = find_blocks(model).names[0]

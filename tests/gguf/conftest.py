@@ -1,0 +1,3 @@
+import pytest
+
+pytest.importorskip("gguf", reason="needs the gguf extra")
