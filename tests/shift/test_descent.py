@@ -62,6 +62,7 @@ def test_each_turn_lowers_the_error_of_every_channel(monkeypatch, undamped, shuf
         assert (after <= before * 1.0001).all()  # scales are rounded
         before = after
     assert before.sum() < 0.8 * first.sum()
+    assert (before < _error(weight, integers, problem[2], groups, covariance)).all()  # with those
     assert torch.equal(integers, integers.round())
     assert ((low[:, groups] <= integers) & (integers <= high[:, groups])).all()
     assert torch.equal(scales, scales.half().float())
