@@ -5,6 +5,9 @@ import subprocess
 
 import pytest
 import torch
+
+pytest.importorskip("compressed_tensors", reason="needs the current stack")
+
 from rig.engines.with_vllm import VLLM, run_vllm
 from rig.folders import INTEGRATION, REPOSITORY
 from rig.subjects.served import scores_of
