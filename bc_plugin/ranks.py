@@ -39,11 +39,6 @@ def are_several() -> bool:
     return _together.get() and initialized and dist.get_world_size() > 1
 
 
-def is_first() -> bool:
-    """Whether this process is the one that writes files."""
-    return not are_several() or dist.get_rank() == 0
-
-
 def wait_for_all() -> None:
     """Go on when every rank has come here."""
     if are_several():
