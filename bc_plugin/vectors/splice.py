@@ -61,7 +61,7 @@ def _described(tensor: LazyTensor) -> tuple[dict[str, Any], int]:
 @cache
 def _type_name(dtype: torch.dtype) -> str:
     """What safetensors calls a type."""
-    file = save({"it": torch.empty(0, dtype=dtype)})
+    file = save({"it": torch.empty(0, dtype=dtype, device="cpu")})
     length = int.from_bytes(file[:LENGTH], "little")
     return json.loads(file[LENGTH : LENGTH + length])["it"]["dtype"]
 

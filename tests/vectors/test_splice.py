@@ -79,6 +79,18 @@ def test_what_is_read_is_what_safetensors_reads(source):
         assert found[name].fingerprint() == fingerprint(tensor)
 
 
+def test_a_default_device_makes_no_difference(tmp_path, source):
+    """transformers sets one while it loads a model: that of tensors without values."""
+    with torch.device("meta"):
+        found = tensors_in(source, vectors=False)
+        read = {name: tensor.read() for name, tensor in found.items()}
+        prints = {name: tensor.fingerprint() for name, tensor in found.items()}
+        write_tensors(tmp_path / "file.safetensors", found, {})
+    assert _same(read, load_file(source))
+    assert _same(load_file(tmp_path / "file.safetensors"), read)
+    assert prints == {name: fingerprint(tensor) for name, tensor in read.items()}
+
+
 def test_a_part_is_that_of_the_tensor(source):
     part = tensors_in(source, vectors=False)["transposed"].narrow(1, 1, 2)
     assert part.shape == (3, 2)
