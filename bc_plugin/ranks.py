@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from .errors import BiasCompensationError
 
 T = TypeVar("T")
+VALUES = 1 << 22  # exchanged at once (32 MiB)
 
 _together: ContextVar[bool] = ContextVar("_together", default=False)
 
@@ -96,11 +98,21 @@ def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Of each tensor, which has one shape on all ranks, the sum over them, where and as it was."""
     if not are_several():
         return list(tensors)
-    flat = torch.cat([each.detach().flatten().to(_device(), torch.float64) for each in tensors])
-    with _reached():
-        dist.all_reduce(flat)
-    parts = flat.split([each.numel() for each in tensors])
-    return [part.view(each.shape).to(each) for part, each in zip(parts, tensors, strict=True)]
+    found: list[Tensor] = []
+    while len(found) < len(tensors):
+        some = _at_once(tensors[len(found) :])
+        flat = torch.cat([each.detach().flatten().to(_device(), torch.float64) for each in some])
+        with _reached():
+            dist.all_reduce(flat)
+        parts = flat.split([each.numel() for each in some])
+        found += [part.view(each.shape).to(each) for part, each in zip(parts, some, strict=True)]
+    return found
+
+
+def _at_once(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """As many of the first tensors as are exchanged together: a wait for each would add up."""
+    sizes = accumulate(each.numel() for each in tensors)
+    return tensors[: max(1, sum(size <= VALUES for size in sizes))]
 
 
 def place_of(count: int) -> tuple[int, int]:
@@ -142,9 +154,14 @@ def add_up(*holders: Any) -> None:
             "the ranks' calibration data does not come to the same modules in the same shapes; "
             "give each rank a share of data of one kind."
         )
-    for (holder, name), kind in zip(sums, found, strict=True):
-        if kind:
-            setattr(holder, name, _summed(getattr(holder, name), *kind))
+    known = [(*each, kind.pop()) for each, kind in zip(sums, found, strict=True) if kind]
+    totals = summed([_as_tensor(getattr(holder, name), kind) for holder, name, kind in known])
+    for (holder, name, kind), total in zip(known, totals, strict=True):
+        value = getattr(holder, name)
+        if not isinstance(kind, tuple):
+            setattr(holder, name, kind(total.item()))
+        else:
+            setattr(holder, name, total.to(value) if isinstance(value, Tensor) else total)
 
 
 def _kind(value: Any) -> type | tuple[int, ...] | None:
@@ -154,16 +171,11 @@ def _kind(value: Any) -> type | tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else type(value)
 
 
-def _summed(value: Any, kind: type | tuple[int, ...]) -> Any:
-    shape = kind if isinstance(kind, tuple) else ()
-    total = torch.zeros(shape, dtype=torch.float64, device=_device())
-    if value is not None:
-        total += torch.as_tensor(value, dtype=torch.float64).to(total.device)
-    with _reached():
-        dist.all_reduce(total)
-    if not isinstance(kind, tuple):
-        return kind(total.item())
-    return total.to(value) if isinstance(value, Tensor) else total
+def _as_tensor(value: Any, kind: type | tuple[int, ...]) -> Tensor:
+    if value is None:
+        shape = kind if isinstance(kind, tuple) else ()
+        return torch.zeros(shape, dtype=torch.float64, device=_device())
+    return torch.as_tensor(value, dtype=torch.float64)
 
 
 @contextmanager

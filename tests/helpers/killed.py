@@ -13,7 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["transformers.models.llama.modeling_llama", "bc_plugin"])
+PROCESSES.set_forkserver_preload(
+    ["transformers.models.llama.modeling_llama", "bc_plugin.compensate", "bc_plugin.refine"]
+)
 KILLED = -signal.SIGKILL
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
+from .killed import PROCESSES
+
 
 def on_ranks(count: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What ``function`` of a module returns on each of ``count`` ranks, called with its number.
@@ -18,7 +20,9 @@ def on_ranks(count: int, folder: Path, function: Callable[..., Any], *args: Any)
         folder: An empty one, where the ranks meet.
         args: More of its arguments.
     """
-    start_processes(_work, (count, folder, function, args), nprocs=count, start_method="spawn")
+    # Forked from a server that has imported everything, which takes most of a minute otherwise.
+    method = PROCESSES.get_start_method()
+    start_processes(_work, (count, folder, function, args), nprocs=count, start_method=method)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 
