@@ -70,7 +70,7 @@ def part_of(count: int, turn: int = 0) -> slice:
 def wait_for_all() -> None:
     """Go on when every rank has come here."""
     if are_several():
-        with _reached():
+        with reached():
             dist.barrier()
 
 
@@ -79,7 +79,7 @@ def gathered(value: T) -> list[T]:
     if not are_several():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    with _reached():
+    with reached():
         dist.all_gather_object(values, value)
     return values
 
@@ -89,7 +89,7 @@ def given_by_first(value: T) -> T:
     if not are_several():
         return value
     given: list[Any] = [value if is_first() else None]
-    with _reached():
+    with reached():
         dist.broadcast_object_list(given)
     return given[0]
 
@@ -102,7 +102,7 @@ def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
     while len(found) < len(tensors):
         some = _at_once(tensors[len(found) :])
         flat = torch.cat([each.detach().flatten().to(_device(), torch.float64) for each in some])
-        with _reached():
+        with reached():
             dist.all_reduce(flat)
         parts = flat.split([each.numel() for each in some])
         found += [part.view(each.shape).to(each) for part, each in zip(parts, some, strict=True)]
@@ -179,7 +179,8 @@ def _as_tensor(value: Any, kind: type | tuple[int, ...]) -> Tensor:
 
 
 @contextmanager
-def _reached() -> Iterator[None]:
+def reached() -> Iterator[None]:
+    """What backends say of a rank that has ended, as an error of ours."""
     try:
         yield
     except RuntimeError as error:  # of all kinds, by backend
