@@ -8,8 +8,8 @@ from helpers.refinement import CALIBRATION, SETTINGS, compensated
 import bc_plugin
 from bc_plugin import BiasCompensationError, RefinementConfig, ranks
 
-SHARES = {2: ((0, 15), (15, 24)), 3: ((0, 0), (0, 17), (17, 24))}
-DATA = CALIBRATION[:24]
+SHARES = {2: ((0, 27), (27, 40)), 3: ((0, 0), (0, 29), (29, 40))}
+DATA = CALIBRATION[:40]
 FEW = {**SETTINGS, "steps": 6, "evaluate_every": 3}
 CASES = {
     # Fewer sequences in a batch than ranks, and several batches in a step.
