@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import BiasCompensationError
     from .evaluate import Evaluation, evaluate
     from .export import export
+    from .ranks import together
     from .refine import record_float_logits, refine
     from .refinement.config import RefinementConfig
     from .refinement.float_logits import FloatLogits
@@ -39,6 +40,7 @@ __all__ = [
     "export",
     "record_float_logits",
     "refine",
+    "together",
     "write_card",
 ]
 _MODULES = {  # of those whose module has another name
@@ -51,6 +53,7 @@ _MODULES = {  # of those whose module has another name
     "disable": "enable",
     "enabled": "enable",
     "record_float_logits": "refine",
+    "together": "ranks",
     "write_card": "vectors.card",
 }
 

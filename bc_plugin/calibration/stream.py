@@ -69,10 +69,10 @@ def prepare_stream(
     fitted, apart = calibration_batches(calibration, config)
     device = device_of(model)
     with _told():
-        if checked:
+        if checked and fitted:  # of several ranks some may have nothing
             check_stream(model, blocks, _first_sequence(fitted[0]))
         stream = list(record_calls(model, blocks, fitted, device))
-    longest = max(gathered(max(int(calls.index.max()) + 1 for calls in stream)))
+    longest = max(gathered(max((int(calls.index.max()) + 1 for calls in stream), default=0)))
     if config.positions != "all" and longest <= config.positions:
         raise BiasCompensationError(
             f"the longest calibration sequence has {longest} tokens; positions={config.positions} "

@@ -23,6 +23,7 @@ from .options import (
     Sites,
 )
 from .outputs import write
+from .ranks import by_first
 from .sites import print_sites
 from .stopped import making
 
@@ -50,7 +51,8 @@ def compensate(
 ) -> None:
     """Compensate a checkpoint that is quantized already, or a GGUF file of llama.cpp's.
 
-    Vectors that it has are computed anew. Of a GGUF file, OUT is one, too.
+    Vectors that it has are computed anew. Of a GGUF file, OUT is one, too. Started by torchrun,
+    each process takes its share of the sequences.
 
     Example: `bc-plugin compensate ./gptq ./SmolLM2-135M ./out --dataset text.txt --positions 0`
     """
@@ -65,7 +67,7 @@ def compensate(
     float_config(float_model)
     check_loading(dtype, device_map)
     text = text_of(dataset)
-    with making(out), new_folder(out) as part:
+    with making(out), by_first(new_folder(out)) as part:
         from .. import Compensation, enable
         from .. import compensate as run
 
@@ -78,6 +80,8 @@ def compensate(
         if before is not None:
             before.detach(model)
         compensation = run(model, reference, calibration, settings)
-        compensation.attach(model)
-        write(quantized, part, compensation, model, tokenizer)
-    print_sites(out, by_group=True)
+        if part is not None:
+            compensation.attach(model)
+            write(quantized, part, compensation, model, tokenizer)
+    if part is not None:
+        print_sites(out, by_group=True)

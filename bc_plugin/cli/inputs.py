@@ -129,12 +129,16 @@ def float_inputs(
 ) -> tuple[Any, list[dict[str, Any]], Any]:
     """The tokenizer of FLOAT, calibration data, and the model itself, which is loaded once.
 
+    Of several ranks each gets its share of the data; what the model writes is the first one's.
+
     Raises:
         BiasCompensationError: it cannot be loaded; or, before it is, the text is too short.
     """
     tokenizer = load_tokenizer("FLOAT", name)
     load = partial(load_model, "FLOAT", name, dtype, device_map)
-    if text is None:
-        model = load()
-        return tokenizer, calibration_data(None, tokenizer, length, samples, lambda: model), model
-    return tokenizer, calibration_data(text, tokenizer, length, samples, load), load()
+    model = load() if text is None else None
+    data = calibration_data(text, tokenizer, length, samples, lambda: model)
+    from ..ranks import given_by_first, part_of
+
+    data = data if model is None else given_by_first(data)
+    return tokenizer, data[part_of(len(data))], load() if model is None else model
