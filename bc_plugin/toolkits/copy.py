@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..models.offloaded import stored_value
 from ..names import KEY, SUFFIX
 from ..vectors.checkpoint import INDEX, SINGLE, checkpoint_files, other_files, tensors_in
 from ..vectors.compensation import Compensation
@@ -95,6 +96,8 @@ def _now(model: nn.Module | None, key: str, stored: Tensor) -> Tensor:
     if leaf == "bias" and hasattr(owner, OWN_BIAS):
         leaf = OWN_BIAS  # a vector is merged into the other one
     loaded = getattr(owner, leaf, None)
+    if isinstance(loaded, Tensor) and loaded.is_meta:  # of a streamed model
+        loaded = stored_value(model, key)
     if not stored.is_floating_point():
         return stored.contiguous()
     same_kind = isinstance(loaded, Tensor) and not loaded.is_meta and loaded.shape == stored.shape
