@@ -12,6 +12,7 @@ from typing import Any
 from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
 from ..gguf.file import GGUFFile, is_gguf
+from .arguments import SPREAD
 
 
 def pass_settings(positions: str, sites: str, **others: Any) -> BiasCompensationConfig:
@@ -66,6 +67,44 @@ def load_as_stored(argument: str, name: str | Path, dtype: str, device_map: str)
 
     with keeping_weights():
         return load_model(argument, name, dtype, device_map)
+
+
+def stream_or(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Instead of loading a model, leave its weights in its files; where that cannot be, load it."""
+
+    def open_model(argument: str, name: str, dtype: str, device_map: str) -> Any:
+        from tqdm.auto import tqdm
+        from transformers import AutoModelForCausalLM
+
+        from ..streaming.load import CannotStream, open_streamed
+
+        device = "auto" if device_map in SPREAD else device_map
+        with _told(argument, name, "read", "a causal language model that transformers loads"):
+            try:
+                folder = _folder_of(name)
+                return open_streamed(folder, dtype, device, kind=AutoModelForCausalLM)
+            except CannotStream as error:
+                tqdm.write(f"{argument} {name} is loaded whole: {error.why}.")
+        return load(argument, name, dtype, device_map)
+
+    return open_model
+
+
+def _folder_of(name: str | Path) -> Path:
+    """A folder as it is; of a name on the hub its files in the cache, which get there."""
+    if Path(name).is_dir():
+        return Path(name)
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    from ..vectors.checkpoint import INDEX, SINGLE
+
+    if_there = {"_raise_exceptions_for_missing_entries": False}
+    index = cached_file(name, INDEX, **if_there)
+    if index is None:
+        cached_file(name, SINGLE, **if_there)
+    else:
+        get_checkpoint_shard_files(name, index)
+    return Path(cached_file(name, "config.json")).parent
 
 
 def load_tokenizer(argument: str, name: str | Path) -> Any:
@@ -125,16 +164,26 @@ def calibration_data(
 
 
 def float_inputs(
-    name: str, text: str | None, length: int, samples: int, dtype: str, device_map: str
+    name: str,
+    text: str | None,
+    length: int,
+    samples: int,
+    dtype: str,
+    device_map: str,
+    load: Callable[..., Any] | None = None,
 ) -> tuple[Any, list[dict[str, Any]], Any]:
     """The tokenizer of FLOAT, calibration data, and the model itself, which is loaded once.
+
+    Args:
+        load: Used in the place of ``load_model``, but where the model has text to write.
 
     Raises:
         BiasCompensationError: it cannot be loaded; or, before it is, the text is too short.
     """
     tokenizer = load_tokenizer("FLOAT", name)
-    load = partial(load_model, "FLOAT", name, dtype, device_map)
+    which = "FLOAT", name, dtype, device_map
     if text is None:
-        model = load()
+        model = load_model(*which)
         return tokenizer, calibration_data(None, tokenizer, length, samples, lambda: model), model
-    return tokenizer, calibration_data(text, tokenizer, length, samples, load), load()
+    data = calibration_data(text, tokenizer, length, samples, partial(load_model, *which))
+    return tokenizer, data, (load or load_model)(*which)

@@ -45,9 +45,8 @@ class PackedLinear(nn.Module):
     def _columns(self, start: int, stop: int) -> Tensor:
         """The weight of some output features, (in_features, stop - start), unrounded."""
         whole = slice(start, stop)
-        words = slice(
-            start * self.settings["bits"] // WORD, -(-stop * self.settings["bits"] // WORD)
-        )
+        bits = self.settings["bits"]
+        words = slice(start * bits // WORD, -(-stop * bits // WORD))
         packed_along = whole if self.settings["quant_method"] == "gptq" else words
         part = {
             "it.qweight": self.qweight[:, packed_along],
