@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..models.packed import WORD, integers_of
@@ -43,7 +42,7 @@ class PackedLinear(nn.Module):
         return output if self.bias is None else output.add_(self.bias.to(inputs))
 
     def _columns(self, start: int, stop: int) -> Tensor:
-        """The weight of some output features, (in_features, stop - start), unrounded."""
+        """The weight of some output features, (in_features, stop - start), in the scales' type."""
         whole = slice(start, stop)
         bits = self.settings["bits"]
         words = slice(start * bits // WORD, -(-stop * bits // WORD))
@@ -54,6 +53,5 @@ class PackedLinear(nn.Module):
             "it.g_idx": self.g_idx,
         }
         integers, zeros, groups = integers_of(part, "it", self.settings)
-        wide = torch.promote_types(self.scales.dtype, torch.float32)
-        integers = integers - zeros[groups, : stop - start]
-        return self.scales[:, whole].to(wide)[groups] * integers
+        integers = integers - zeros[:, : stop - start][groups]
+        return self.scales[:, whole][groups] * integers
