@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from .engines.as_llama import FUSED, Fused, llama_config, unfuse
 from .engines.dequantize import dequantize
 from .engines.keep import write_kept
@@ -20,6 +18,7 @@ from .files import new_folder
 from .models.architectures import ARCHITECTURES, ENGINES
 from .names import KEY
 from .vectors.compensation import Compensation
+from .vectors.lazy import LazyTensor
 from .vectors.sealed import unseal
 
 
@@ -81,7 +80,6 @@ def export(
     _repack(tensors, config, engine)
     with new_folder(Path(out)) as part:
         write_checkpoint(part, compensated, tensors, config)
-        del tensors
         verify(compensated, part, compensation, plan, device_map)
     return Path(out)
 
@@ -108,7 +106,6 @@ def _keep(
     _repack(tensors, config, "vllm")
     with new_folder(out) as part:
         write_kept(part, source, tensors, config, compensation)
-        del tensors
         verify_kept(source, part, compensation, device_map)
     return out
 
@@ -123,7 +120,7 @@ def _require_one_vector(compensation: Compensation, folder: Path) -> None:
         )
 
 
-def _repack(tensors: dict[str, Tensor], config: dict[str, Any], engine: str) -> None:
+def _repack(tensors: dict[str, LazyTensor], config: dict[str, Any], engine: str) -> None:
     """Store packed weights as the engine has kernels for them."""
     config.pop(KEY, None)
     settings = config.get("quantization_config")

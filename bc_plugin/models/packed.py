@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,49 @@ WORD = 32
 PACKED_BITS = 4
 # AWQ's kernels want the columns of each word in this order.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+# What is stored of a linear, by output channel along the second axis but for the last.
+LEAVES = ("qweight", "qzeros", "scales", "g_idx")
+AT_ONCE = 1 << 20  # integers that are unpacked at once; they take 16 times their room
 
 
-def packed_linears(tensors: Mapping[str, Tensor]) -> list[str]:
+def packed_linears(tensors: Mapping[str, Any]) -> list[str]:
     """The linears of a checkpoint that are packed, by path."""
     return [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
+
+
+def packed_widths(
+    tensors: Mapping[str, Any], name: str, settings: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Features in and out of a packed linear, whose tensors need but have shapes."""
+    rows, columns = tensors[f"{name}.qweight"].shape
+    if settings["quant_method"] == "awq":
+        return rows, columns * WORD // settings["bits"]
+    return rows * WORD // settings["bits"], columns
+
+
+def channel_parts(
+    tensors: Mapping[str, Tensor], name: str, settings: Mapping[str, Any]
+) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    """A packed linear in parts of some output channels each, so that few are unpacked at once.
+
+    Args:
+        tensors, settings: As ``integers_of`` has them.
+
+    Yields:
+        Which channels, and what is stored of them, as ``integers_of`` takes it.
+    """
+    inputs, outputs = packed_widths(tensors, name, settings)
+    step = max(WORD, AT_ONCE // inputs // WORD * WORD)  # whole words begin and end there
+    for start in range(0, outputs, step):
+        count = min(step, outputs - start)
+        part = {}
+        for leaf in filter(lambda leaf: f"{name}.{leaf}" in tensors, LEAVES):
+            stored = tensors[f"{name}.{leaf}"]
+            if leaf != "g_idx":
+                first, length = (n * stored.shape[1] // outputs for n in (start, count))
+                stored = stored.narrow(1, first, length)
+            part[f"{name}.{leaf}"] = stored
+        yield slice(start, start + count), part
 
 
 def integers_of(
