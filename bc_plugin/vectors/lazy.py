@@ -68,7 +68,7 @@ class Stored:
 
     def read(self, dtype: torch.dtype, shape: torch.Size) -> Tensor:
         """All of it, as a tensor."""
-        data = torch.empty(self.size, dtype=torch.uint8)
+        data = torch.empty(self.size, dtype=torch.uint8, device="cpu")
         with reading(self.path), self.path.open("rb") as file:
             file.seek(self.start)
             _fill(file, data.numpy())

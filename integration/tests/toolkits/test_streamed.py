@@ -23,27 +23,33 @@ SETTINGS = {
     "awq": {"bits": 4, "group_size": 32, "method": "awq", "format": "gemm"},
 }
 # How far logits may be off, relative to their norm. The whole model's kernel is the one that
-# transformers chooses: of 3 bits it multiplies as we do, of 4 bits in bfloat16 (at::_weight_int4pack).
+# transformers chooses: of 3 bits it multiplies as we do, of 4 bits PyTorch's, in bfloat16.
 OFF = {"gptq-3": 1e-6, "gptq-4": 0.05, "awq": 0.05}
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.fixture(scope="module", params=SETTINGS)
+def quantized(request, tmp_path_factory):
+    """Which format, and a folder with a float model, its text, and a quantized checkpoint."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_inputs(folder, 12)
+    settings = SETTINGS[request.param]
+    qmodel = with_gptqmodel.quantize(str(folder / "float"), sequences(), None, settings)
+    with_gptqmodel.save(qmodel, folder / "quantized")
+    return request.param, folder
+
+
 @pytest.mark.parametrize("scales", [(), ("--scales",)])
 def test_a_streamed_pass_gives_the_checkpoint_of_a_loaded_one(
-    tmp_path, monkeypatch, enabled, kind, scales
+    quantized, tmp_path, monkeypatch, enabled, scales
 ):
+    kind, folder = quantized
     if scales and kind != "gptq-3":
-        pytest.skip("its kernel repacks scales when it is loaded")
-    tiny_inputs(tmp_path, 12)
-    quantized = tmp_path / "quantized"
-    qmodel = with_gptqmodel.quantize(tmp_path / "float", sequences(), None, SETTINGS[kind])
-    with_gptqmodel.save(qmodel, quantized)
+        pytest.skip("the loaded model's kernel has repacked its scales")
 
     def compensated(out):
-        arguments = ("compensate", quantized, tmp_path / "float", out, "--dtype", "float32")
-        data = ("--dataset", tmp_path / "text.txt", "--length", 24)
-        done = CliRunner().invoke(app, [str(a) for a in (*arguments, *data, *scales)])
-        assert done.exit_code == 0, done.output
+        arguments = ("compensate", folder / "quantized", folder / "float", out, *scales)
+        data = ("--dataset", folder / "text.txt", "--length", 24, "--dtype", "float32")
+        CliRunner().invoke(app, [str(a) for a in (*arguments, *data)], catch_exceptions=False)
         bc_plugin.enable()
         return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
 
@@ -57,15 +63,12 @@ def test_a_streamed_pass_gives_the_checkpoint_of_a_loaded_one(
     assert (found - expected).norm() < OFF[kind] * expected.norm()
     one, other = (Compensation.load(tmp_path / name) for name in ("streamed", "whole"))
     assert one.digest == other.digest and one.vectors.keys() == other.vectors.keys()
+    assert one.scales == other.scales == bool(scales)
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
-def test_digests_are_those_of_the_toolkits_loader(tmp_path, enabled, kind):
-    tiny_inputs(tmp_path, 12)
-    qmodel = with_gptqmodel.quantize(tmp_path / "float", sequences(), None, SETTINGS[kind])
-    with_gptqmodel.save(qmodel, tmp_path / "quantized")
+def test_digests_are_those_of_the_toolkits_loader(quantized, enabled):
+    folder = quantized[1] / "quantized"
     with keeping_weights():
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", dtype="auto")
-    streamed = load.open_streamed(tmp_path / "quantized")
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     paths = ["model.layers"]
-    assert weights_of(streamed, paths) == weights_of(loaded, paths)
+    assert weights_of(load.open_streamed(folder), paths) == weights_of(loaded, paths)
