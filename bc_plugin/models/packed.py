@@ -14,7 +14,7 @@ PACKED_BITS = 4
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 # What is stored of a linear, by output channel along the second axis but for the last.
 LEAVES = ("qweight", "qzeros", "scales", "g_idx")
-AT_ONCE = 1 << 20  # integers that are unpacked at once; they take 16 times their room
+AT_ONCE = 1 << 18  # integers that are unpacked at once: what is made of them fits into caches
 
 
 def packed_linears(tensors: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -75,7 +75,7 @@ class Stored:
         return data.view(dtype).view(shape)
 
 
-def _fill(file: Any, buffer: Any) -> None:
+def _fill(file: BinaryIO, buffer: Any) -> None:
     if file.readinto(buffer) != len(buffer):
         raise EOFError("it ends in the middle of a tensor")
 

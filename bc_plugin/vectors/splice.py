@@ -7,10 +7,10 @@ every page in memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import save
@@ -46,8 +46,7 @@ def write_tensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(LENGTH, "little") + text)
         for name in names:
-            for piece in _pieces(name, tensors[name]):
-                file.write(piece)
+            _write(file, name, tensors[name])
 
 
 def _described(tensor: LazyTensor) -> tuple[dict[str, Any], int]:
@@ -67,9 +66,10 @@ def _type_name(dtype: torch.dtype) -> str:
     return json.loads(file[LENGTH : LENGTH + length])["it"]["dtype"]
 
 
-def _pieces(name: str, tensor: LazyTensor) -> Iterator[Any]:
+def _write(file: BinaryIO, name: str, tensor: LazyTensor) -> None:
     if tensor.stored is not None:
-        yield from tensor.stored.pieces()
+        for piece in tensor.stored.pieces():
+            file.write(piece)
         return
     made = tensor.read().detach()
     if (made.dtype, made.shape) != (tensor.dtype, tensor.shape):
@@ -77,4 +77,4 @@ def _pieces(name: str, tensor: LazyTensor) -> Iterator[Any]:
             f"{name} is {made.dtype} {tuple(made.shape)}, and was announced as {tensor.dtype} "
             f"{tuple(tensor.shape)}."
         )
-    yield made.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    file.write(made.cpu().contiguous().view(-1).view(torch.uint8).numpy())
