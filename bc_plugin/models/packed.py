@@ -68,12 +68,12 @@ def integers_of(
 
     Returns:
         The integers, (in_features, out_features); the zero points, (groups, out_features); and the
-        group of each input channel, (in_features,). All are int64.
+        group of each input channel, (in_features,), int64. The others are int32.
     """
     bits, qweight, qzeros = settings["bits"], tensors[f"{name}.qweight"], tensors[f"{name}.qzeros"]
     if settings["quant_method"] == "awq":
         values, zeros = (_in_order(unpack(packed, bits, dim=1)) for packed in (qweight, qzeros))
-        groups = torch.arange(len(values)) // (len(values) // len(zeros))
+        groups = torch.arange(len(values), device=values.device) // (len(values) // len(zeros))
         return values, zeros, groups
     if "gptq_v2" in (settings.get("format"), settings.get("checkpoint_format")):
         zeros = unpack(qzeros, bits, dim=1)
@@ -108,14 +108,20 @@ def _in_order(columns: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
-    """Integers from 32-bit words in which they follow each other along ``dim``; int64."""
-    words = packed.movedim(dim, 0).long() & 0xFFFFFFFF
+    """Integers from 32-bit words in which they follow each other along ``dim``; int32."""
+    words = packed.movedim(dim, 0)
+    ones = [1] * (words.dim() - 1)
+    if WORD % bits == 0:
+        shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=packed.device)
+        values = (words[:, None] >> shifts.view(-1, *ones)) & (2**bits - 1)
+        return values.flatten(0, 1).movedim(0, dim)
+    words = words.long() & 0xFFFFFFFF
     count = words.shape[0] * WORD // bits
-    start = torch.arange(count) * bits
-    word, offset = start // WORD, (start % WORD).view(-1, *[1] * (words.dim() - 1))
+    start = torch.arange(count, device=packed.device) * bits
+    word, offset = start // WORD, (start % WORD).view(-1, *ones)
     following = words[(word + 1).clamp(max=len(words) - 1)]
     both = (words[word] >> offset) | (following << (WORD - offset))
-    return (both & (2**bits - 1)).movedim(0, dim)
+    return (both & (2**bits - 1)).int().movedim(0, dim)
 
 
 def pack(values: Tensor, dim: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..models.offloaded import stored_value
 from ..names import KEY, SUFFIX
 from ..vectors.checkpoint import INDEX, SINGLE, checkpoint_files, other_files
 from ..vectors.compensation import Compensation
@@ -104,14 +106,19 @@ def _now(model: nn.Module | None, key: str, stored: LazyTensor) -> LazyTensor:
     if leaf == "bias" and hasattr(owner, OWN_BIAS):
         leaf = OWN_BIAS  # a vector is merged into the other one
     loaded = getattr(owner, leaf, None)
-    same_kind = isinstance(loaded, Tensor) and not loaded.is_meta and loaded.shape == stored.shape
+    same_kind = isinstance(loaded, Tensor) and loaded.shape == stored.shape
     if not same_kind or not stored.dtype.is_floating_point:
         return stored
-    return LazyTensor(stored.dtype, stored.shape, partial(_changed, stored, loaded.detach()))
+    streamed = partial(stored_value, model, key)
+    return LazyTensor(
+        stored.dtype,
+        stored.shape,
+        partial(_changed, stored, streamed if loaded.is_meta else loaded.detach),
+    )
 
 
-def _changed(stored: LazyTensor, loaded: Tensor) -> Tensor:
+def _changed(stored: LazyTensor, value: Callable[[], Tensor]) -> Tensor:
     """What is loaded, in the type of the file; what has not changed, to the bit."""
-    before = stored.read()
+    before, loaded = stored.read(), value()
     same = torch.equal(before.to(loaded.dtype), loaded.cpu())
     return before if same else loaded.to(before.dtype)
