@@ -1,4 +1,4 @@
-"""``bc-plugin``: quantize, compensate, refine, export, evaluate, inspect and run."""
+"""``bc-plugin``: plan, quantize, compensate, refine, export, evaluate, inspect and run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .compensate import compensate
 from .evaluate import evaluate
 from .export import export
 from .inspect import inspect
+from .plan import plan
 from .quantize import quantize
 from .refine import refine
 from .run import run
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (quantize, compensate, refine, export, evaluate, inspect):
+for command in (plan, quantize, compensate, refine, export, evaluate, inspect):
     app.command()(command)
 # What follows belongs to the program, options included.
 app.command(context_settings={"ignore_unknown_options": True})(run)
