@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 
 .PHONY: setup setup-legacy setup-vllm setup-llmcompressor setup-llama-cpp demo test test-current \
 	test-legacy test-reliability test-vllm test-llmcompressor test-autoround test-llama-cpp test-gpu lint benchmark benchmark-toolkits benchmark-serving \
-	benchmark-comparison benchmark-gguf benchmark-vision benchmark-architectures benchmark-threads benchmark-scale dist clean
+	benchmark-comparison benchmark-rates benchmark-gguf benchmark-vision benchmark-architectures benchmark-threads benchmark-scale dist clean
 
 setup: $(VENV)/.ready
 
@@ -165,6 +165,10 @@ benchmark-serving: setup setup-vllm
 benchmark-comparison: setup
 	$(BIN)/pip install --quiet --no-deps auto-round==0.16.1 py-cpuinfo==9.0.0
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/comparison.py $(ARGS)
+
+# The learning rates that refinement has by default, beside others; an hour and a half.
+benchmark-rates: setup
+	PYTHONPATH=integration $(BIN)/python integration/benchmarks/learning_rates.py $(ARGS)
 
 # SmolLM2-135M in llama.cpp's own types, and what compensation and refinement give back; some hours.
 benchmark-gguf: setup setup-llama-cpp

@@ -117,12 +117,14 @@ def _skeleton(name: str | Path) -> Any:
         config = AutoConfig.from_pretrained(name)
         dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
         with init_empty_weights():
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.tie_weights()
     except Exception as error:  # transformers' are of all kinds
         raise BiasCompensationError(
             f"transformers makes no causal language model of the config of {name} "
             f"({type(error).__name__}: {' '.join(str(error).split())}); name a model that it loads."
         ) from error
+    return model
 
 
 def _values(module: nn.Module) -> int:

@@ -21,12 +21,19 @@ NEEDS = (
     "loads: call bc_plugin.enable() before loading, or start the program with "
     "`bc-plugin run -- COMMAND`; without them it is worth nothing"
 )
-# Who shows which: transformers bits; GPTQModel, and others of its family, the format; vLLM a rule
-# that it cannot follow, before it trips over bits.
-SEALED = {
-    "bits": NEEDS,
-    "checkpoint_format": NEEDS,
-    "dynamic": {NEEDS: {"desc_act": True, "group_size": 128}},
+# By the method, what is written instead of which setting; the first of them is always there.
+SEALED: dict[str, dict[str, Any]] = {
+    # Who shows which: transformers bits; GPTQModel, and others of its family, the format; vLLM a
+    # rule that it cannot follow, before it trips over bits.
+    "gptq": {
+        "bits": NEEDS,
+        "checkpoint_format": NEEDS,
+        "dynamic": {NEEDS: {"desc_act": True, "group_size": 128}},
+    },
+    # A validation error shows the names that it does not know, and shortens values.
+    "compressed-tensors": {
+        "config_groups": {NEEDS: {"targets": ["Linear"], "weights": {NEEDS: True}}},
+    },
 }
 
 
@@ -39,10 +46,11 @@ def seal(settings: Mapping[str, Any]) -> dict[str, Any]:
     entry = settings.get(KEY)
     if not isinstance(entry, Mapping) or "format_version" not in entry or not entry.get("joint"):
         return dict(settings)
-    if VALUES in entry or settings.get("quant_method", "gptq") != "gptq" or "bits" not in settings:
+    sealed = _sealed(settings)
+    if VALUES in entry or not sealed or next(iter(sealed)) not in settings:
         return dict(settings)  # nobody else's loader checks these
-    values = {name: settings[name] for name in SEALED if name in settings}
-    return {**settings, **copy.deepcopy(SEALED), KEY: {**entry, VALUES: values}}
+    values = {name: settings[name] for name in sealed if name in settings}
+    return {**settings, **copy.deepcopy(sealed), KEY: {**entry, VALUES: values}}
 
 
 def unseal(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,16 +59,21 @@ def unseal(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         BiasCompensationError: it is sealed, and has lost the values.
     """
-    entry = settings.get(KEY)
+    entry, sealed = settings.get(KEY), _sealed(settings)
     values = entry.get(VALUES) if isinstance(entry, Mapping) else None
-    if values is None and settings.get("bits") != NEEDS:
+    first = next(iter(sealed), None)
+    if values is None and (first is None or settings.get(first) != sealed[first]):
         return dict(settings)
-    if not isinstance(values, Mapping) or "bits" not in values:
+    if not isinstance(values, Mapping) or first not in values:
         raise BiasCompensationError(
             f"the quantization config is that of {NEEDS}; but its {KEY} entry has no {VALUES!r} "
-            f"with the values of {' and '.join(SEALED)}. Take the config from the original "
+            f"with the values of {' and '.join(sealed)}. Take the config from the original "
             "checkpoint."
         )
-    plain = {name: value for name, value in settings.items() if name not in SEALED}
+    plain = {name: value for name, value in settings.items() if name not in sealed}
     own = {name: value for name, value in entry.items() if name != VALUES}
     return {**plain, **values, KEY: own}
+
+
+def _sealed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return SEALED.get(str(settings.get("quant_method", "gptq")), {})

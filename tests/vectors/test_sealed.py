@@ -19,11 +19,10 @@ from bc_plugin.vectors.joint import (
 from bc_plugin.vectors.sealed import NEEDS, SEALED, seal, unseal
 from bc_plugin.vectors.settings import read_settings
 
-JOINT = {
-    "bits": 3,
-    "quant_method": "gptq",
-    KEY: {"format_version": 2, "joint": True, "digest": "0"},
-}
+ENTRY = {"format_version": 2, "joint": True, "digest": "0"}
+JOINT = {"bits": 3, "quant_method": "gptq", KEY: ENTRY}
+GROUPS = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 3}}}
+COMPRESSED = {"config_groups": GROUPS, "quant_method": "compressed-tensors", KEY: ENTRY}
 
 
 @pytest.fixture
@@ -37,12 +36,13 @@ def compensated():
     return quantized, found
 
 
-@pytest.mark.parametrize("others", [{}, {"checkpoint_format": "gptq"}])
-def test_what_is_sealed_says_what_it_needs_and_is_itself_again(others):
-    settings = {**JOINT, **others}
+@pytest.mark.parametrize(
+    "settings", [JOINT, {**JOINT, "checkpoint_format": "gptq"}, COMPRESSED], ids=str
+)
+def test_what_is_sealed_says_what_it_needs_and_is_itself_again(settings):
     kept = copy.deepcopy(settings)
     sealed = seal(settings)
-    for name in SEALED:
+    for name in SEALED[settings["quant_method"]]:
         assert NEEDS in sealed[name]
     assert "bias_compensation" in NEEDS and "bc_plugin.enable()" in NEEDS
     assert unseal(json.loads(json.dumps(sealed))) == settings == kept
@@ -57,18 +57,20 @@ def test_what_is_sealed_says_what_it_needs_and_is_itself_again(others):
         {"bits": 3, KEY: {"format_version": 2, "joint": False, "digest": "0"}},
         {"bits": 3, KEY: {"positions": 1, "joint": True}},  # a request
         {"bits": 3, KEY: True},
+        {"quant_method": "bitsandbytes", KEY: ENTRY},
     ],
-    ids=["plain", "not joint", "request", "flag"],
+    ids=["plain", "not joint", "request", "flag", "of somebody else's"],
 )
 def test_any_other_config_stays_as_it_is(settings):
     assert seal(settings) == unseal(settings) == settings
 
 
 @pytest.mark.parametrize("values", [None, {}, 3])
-def test_a_seal_without_its_values_is_refused(values):
-    sealed = seal(JOINT)
+@pytest.mark.parametrize(("settings", "first"), [(JOINT, "bits"), (COMPRESSED, "config_groups")])
+def test_a_seal_without_its_values_is_refused(values, settings, first):
+    sealed = seal(settings)
     sealed[KEY] = {**sealed[KEY], "sealed": values}
-    with pytest.raises(BiasCompensationError, match="'sealed' with the values of bits"):
+    with pytest.raises(BiasCompensationError, match=f"'sealed' with the values of {first}"):
         unseal(sealed)
     del sealed[KEY]
     with pytest.raises(BiasCompensationError, match="Take the config from the original"):

@@ -13,6 +13,9 @@ from rig.engines.with_vllm import VLLM, VLLMError, run_vllm, serving
 from rig.subjects.served import scores_of, served_checkpoint
 from rig.subjects.tiny import VOCABULARY
 
+from bc_plugin import Compensation
+from bc_plugin.vectors.written import write_entry
+
 if not VLLM.exists():
     pytest.skip("needs vLLM's environment: make setup-vllm", allow_module_level=True)
 
@@ -212,6 +215,18 @@ def test_without_the_plugin_vllm_refuses(made, tmp_path):
     without = {**ALONE["environment"], "VLLM_PLUGINS": "rig_kernels"}
     with pytest.raises(VLLMError, match="There is no module or parameter named"):
         run_vllm(made()[0], prompts((2,)), tmp_path, environment=without, **ALONE_ENGINE)
+
+
+def test_joint_weights_of_compressed_tensors_need_the_plugin(made, tmp_path):
+    source, folder = made("llama", 1, "compressed-tensors")[0], tmp_path / "joint"
+    shutil.copytree(source, folder)
+    write_entry(folder, Compensation.load(source).replaced(joint=True).entry())
+    alone = {**ALONE, **ALONE_ENGINE, "enforce_eager": True}
+    found = run_vllm(folder, prompts(), tmp_path, **alone)["log_probabilities"]
+    assert max(apart(found, scores_of(folder, prompts()))) < NOISE
+    without = {**ALONE["environment"], "VLLM_PLUGINS": "rig_kernels"}
+    with pytest.raises(VLLMError, match="only bc_plugin loads"):
+        run_vllm(folder, prompts((2,)), tmp_path, environment=without, **ALONE_ENGINE)
 
 
 # Mistakes are loud

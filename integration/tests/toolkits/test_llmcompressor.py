@@ -304,6 +304,22 @@ def test_the_hessian_is_that_of_inputs_without_their_mean(
     )
 
 
+def test_joint_weights_do_not_load_without_their_vectors(source, tmp_path):
+    model = _run(source, [*_gptq(), BiasCompensationModifier(joint=True)])
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="only bc_plugin loads"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    bc_plugin.enable("transformers")
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+        loaded.save_pretrained(tmp_path / "again")
+    finally:
+        bc_plugin.disable()
+    with pytest.raises(ValueError, match="only bc_plugin loads"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+
+
 def test_joint_where_it_cannot_be_honoured(source):
     with pytest.raises(BiasCompensationError, match=r"joint=True .* QuantizationModifier"):
         _run(source, [*_nearest(), BiasCompensationModifier(joint=True)])
