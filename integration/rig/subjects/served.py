@@ -36,19 +36,20 @@ METHODS = {
 
 
 def served_checkpoint(
-    folder: Path, architecture: str, positions: int, method: str = "gptq"
+    folder: Path, architecture: str, positions: int, method: str = "gptq", **changes: int
 ) -> tuple[Path, Path]:
     """Write a tiny model of 4-bit weights, with and without vectors.
 
     Args:
         method: One of ``METHODS``.
+        changes: Of the model's shape.
 
     Returns:
         The folder with vectors, and the one without.
     """
     source, plain, out = folder / "float", folder / "without", folder / "with"
     source.mkdir(parents=True)
-    tiny_checkpoint(source, architecture, torch.bfloat16, longest=LONGEST)
+    tiny_checkpoint(source, architecture, torch.bfloat16, longest=LONGEST, **changes)
     tiny_tokenizer().save_pretrained(source)
     METHODS[method](source, plain)
     tiny_tokenizer().save_pretrained(plain)
