@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers.language import tiny_model
 from helpers.vectors import compensated
-from rig.subjects.served import served_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, StaticCache
 
@@ -96,12 +95,10 @@ def test_a_token_is_decoded_without_waiting(model, device):
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
-def test_kernels_wait_no_more_with_vectors(method, device, tmp_path, enabled):
+def test_kernels_wait_no_more_with_vectors(method, device, checkpoint, enabled):
     pytest.importorskip("gptqmodel", reason="needs the gptq extra")
     pytest.importorskip("compressed_tensors", reason="needs other quantizers")
-    folder, plain = served_checkpoint(
-        tmp_path, "llama", 1, method, hidden_size=256, intermediate_size=512
-    )
+    folder, plain = checkpoint(method)
     counts = []
     for each in (plain, folder):
         model = AutoModelForCausalLM.from_pretrained(

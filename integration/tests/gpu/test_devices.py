@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers.grouped import grouped
 from helpers.language import crudely_quantized, tiny_model, token_batches
-from rig.subjects.served import served_checkpoint
 from rig.subjects.tiny import sequences
 from transformers import AutoModelForCausalLM
 
@@ -41,12 +40,10 @@ def _maps(device):
 
 @pytest.mark.parametrize("method", ["gptq", "compressed-tensors"])
 @pytest.mark.parametrize("asked", ["one", "divided"])
-def test_vectors_are_where_their_modules_compute(asked, method, device, tmp_path, enabled):
+def test_vectors_are_where_their_modules_compute(asked, method, device, checkpoint, enabled):
     pytest.importorskip("gptqmodel", reason="needs the gptq extra")
     pytest.importorskip("compressed_tensors", reason="needs other quantizers")
-    folder, _ = served_checkpoint(
-        tmp_path, "llama", 1, method, hidden_size=256, intermediate_size=512
-    )
+    folder, _ = checkpoint(method)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float16, **_maps(device)[asked]
     )

@@ -7,42 +7,26 @@ import torch
 from rig.quantizers import with_autoawq
 from rig.quantizers.pipelines import PIPELINES
 from rig.subjects.dequantized import dequantized
-from rig.subjects.served import served_checkpoint
 from rig.subjects.tiny import logits, sequences, tiny_checkpoint, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from bc_plugin import Compensation
 
-# Widths that every kernel below takes, with groups of 32.
-SHAPE = {"hidden_size": 256, "intermediate_size": 512}
-# Relative differences that rounding comes to; vectors make a hundred times as much.
-CLOSE = {torch.float16: 0.01, torch.bfloat16: 0.05}
+# Relative differences of a token's logits that rounding comes to; vectors make several times that.
+CLOSE = {torch.float16: 0.05, torch.bfloat16: 0.15}
 DTYPES = pytest.mark.parametrize("dtype", CLOSE, ids=str)
 GPTQ = ("gptq_marlin", "gptq_triton", "gptq_exllama_v2", "gptq_torch")
 AWQ = ("awq_marlin", "awq_gemm", "awq_gemm_triton", "awq_exllama_v2", "awq_torch")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Makes compensated checkpoints, each once: by method, with vectors and without."""
-    made = {}
-
-    def make(method):
-        if method not in made:
-            folder = tmp_path_factory.mktemp(method)
-            made[method] = served_checkpoint(folder, "llama", 1, method, **SHAPE)
-        return made[method]
-
-    return make
 
 
 def _check(model, device, dtype, expected, plain):
     """The model's logits are those expected, and vectors have made the difference."""
     found = _logits(model, device)
     assert next(model.parameters()).device == device
-    apart = (found - expected).norm() / expected.norm()
-    made = (plain - expected).norm() / expected.norm()
-    assert apart < CLOSE[dtype] < 0.2 * made
+    apart, made = (
+        ((each - expected).norm(dim=-1) / expected.norm(dim=-1)) for each in (found, plain)
+    )
+    assert apart.max() < CLOSE[dtype] < 0.5 * made.min(), (apart.max(), made.min())
 
 
 @torch.no_grad()
@@ -103,11 +87,13 @@ def test_autoawq(tmp_path, enabled, device):
         pytest.skip("needs the awq extra")
     with pipeline.on_cpu() if device.type == "cpu" else nullcontext():
         tiny_tokenizer().save_pretrained(tmp_path / "float")
-        source = tiny_checkpoint(tmp_path / "float", dtype=pipeline.dtype, **SHAPE)
+        source = tiny_checkpoint(
+            tmp_path / "float", dtype=pipeline.dtype, hidden_size=256, intermediate_size=512
+        )
         settings = {"bits": 4, "group_size": 32, **pipeline.settings}
         awq = pipeline.quantize(source, sequences(), {"positions": 1}, settings)
         pipeline.save(awq, tmp_path / "out")
-        model = with_autoawq.load(tmp_path / "out", device)
+        model = with_autoawq.load(tmp_path / "out", str(device))
         expected = dequantized(tmp_path / "out")
         compensated = logits(expected)
         Compensation.attached_to(expected).detach(expected)
