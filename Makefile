@@ -10,8 +10,8 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: setup setup-legacy setup-vllm setup-llmcompressor setup-llama-cpp demo test test-current \
-	test-legacy test-reliability test-vllm test-llmcompressor test-autoround test-llama-cpp lint benchmark benchmark-toolkits benchmark-serving \
-	benchmark-comparison benchmark-rates benchmark-gguf benchmark-vision benchmark-architectures benchmark-threads dist clean
+	test-legacy test-reliability test-vllm test-llmcompressor test-autoround test-llama-cpp test-gpu lint benchmark benchmark-toolkits benchmark-serving \
+	benchmark-comparison benchmark-rates benchmark-gguf benchmark-vision benchmark-architectures benchmark-threads benchmark-scale dist clean
 
 setup: $(VENV)/.ready
 
@@ -127,6 +127,10 @@ test-llama-cpp: setup setup-llama-cpp
 	$(BIN)/python -m pytest integration/tests/engines/test_llama_cpp.py \
 		integration/tests/engines/test_gguf_in_llama_cpp.py
 
+# What a CPU cannot show: the toolkits' CUDA kernels, synchronization, CUDA graphs. Skipped without a GPU.
+test-gpu: setup
+	$(BIN)/python -m pytest integration/tests/gpu -rs $(ARGS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -141,6 +145,11 @@ benchmark-architectures: setup
 # Many threads that answer with one model, a minute for each setting.
 benchmark-threads: setup
 	PYTHONPATH=integration:tests $(BIN)/python integration/benchmarks/threads.py
+
+# Memory and seconds at Llama-3's shapes, several processes and kills; hours, and about 10 GB of disk.
+# ARGS="--only layers --layers 32" is a part; what was measured before is not measured again.
+benchmark-scale: setup
+	PYTHONPATH=integration OMP_NUM_THREADS=2 $(BIN)/python integration/benchmarks/scale.py $(ARGS)
 
 # Every toolkit in one table; about an hour and a half on two cores.
 benchmark-toolkits: setup setup-legacy setup-llmcompressor

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import BiasCompensationError
     from .evaluate import Evaluation, evaluate
     from .export import export
+    from .plan import Plan, plan
     from .ranks import together
     from .refine import record_float_logits, refine
     from .refinement.config import RefinementConfig
@@ -31,6 +32,7 @@ __all__ = [
     "Compensation",
     "Evaluation",
     "FloatLogits",
+    "Plan",
     "RefinementConfig",
     "compensate",
     "disable",
@@ -38,6 +40,7 @@ __all__ = [
     "enabled",
     "evaluate",
     "export",
+    "plan",
     "record_float_logits",
     "refine",
     "together",
@@ -49,6 +52,7 @@ _MODULES = {  # of those whose module has another name
     "Compensation": "vectors.compensation",
     "Evaluation": "evaluate",
     "FloatLogits": "refinement.float_logits",
+    "Plan": "plan",
     "RefinementConfig": "refinement.config",
     "disable": "enable",
     "enabled": "enable",

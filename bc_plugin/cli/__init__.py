@@ -1,4 +1,4 @@
-"""``bc-plugin``: quantize, compensate, refine, export, evaluate, inspect and run."""
+"""``bc-plugin``: plan, quantize, compensate, refine, export, evaluate, inspect and run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .compensate import compensate
 from .evaluate import evaluate
 from .export import export
 from .inspect import inspect
+from .plan import plan
 from .quantize import quantize
 from .ranks import alone, name, shared
 from .refine import refine
@@ -28,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 for command in (
+    alone(plan),
     alone(quantize),
     shared(compensate),
     shared(refine),

@@ -34,13 +34,18 @@ def one_of(option: str, value: Any, known: Sequence[Any]) -> None:
         )
 
 
+def check_dtype(dtype: str) -> None:
+    """Raises: BiasCompensationError: there is no such type."""
+    one_of("--dtype", dtype, DTYPES)
+
+
 def check_loading(dtype: str, device_map: str) -> None:
     """What models are loaded in, and where to; whether it is there, if it is no CPU.
 
     Raises:
         BiasCompensationError: there is no such type, or no such device.
     """
-    one_of("--dtype", dtype, DTYPES)
+    check_dtype(dtype)
     kind, _, number = device_map.partition(":")
     if kind not in DEVICES + SPREAD or (number and (kind in SPREAD or not number.isdecimal())):
         raise BiasCompensationError(

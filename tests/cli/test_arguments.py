@@ -28,6 +28,7 @@ COMPENSATE = ("compensate", "quantized", "float", "new", *TEXT)
 REFINE = ("refine", "compensated", "float", "new", *TEXT)
 EVALUATE = ("evaluate", "float", *TEXT)
 OF_FILE = ("compensate", "text.gguf", "float")
+PLAN = ("plan", "float")
 EXPORT = ("export", "quantized", "new")
 
 
@@ -100,6 +101,12 @@ SAID = [
     ((*REFINE, "--mixed-precision", "fp8"), r"mixed_precision='fp8'; expected one of"),
     ((*EXPORT, "--for", "nonsense"), r"--for nonsense: expected one of transformers, vllm, llama"),
     ((*EXPORT, "--device-map", "gpu"), r"--device-map gpu: expected one of"),
+    ((*PLAN, "--bits", "5"), r"--bits 5: expected one of 2, 3, 4, 8\."),
+    ((*PLAN, "--dtype", "foo"), r"--dtype foo: expected one of auto, float16"),
+    ((*PLAN, "--tflops", "0"), r"--tflops 0.0: expected a number above 0"),
+    ((*PLAN, "--refine-steps", "-1"), r"steps=-1; expected a whole number above 0"),
+    ((*PLAN, "--positions", "-1"), r"positions='-1'; expected a whole number from 0 up, or"),
+    (("plan", "quantized"), r"FLOAT quantized is quantized \(gptq\)"),
     # OUT.
     (("quantize", "float", "float", *TEXT), r"float exists already; name one that does not"),
     (("quantize", "float", "float", "--dataset", "none"), r"float exists already"),
@@ -126,6 +133,7 @@ USAGE = [
     ((*EVALUATE, "--length", "1"), "--length"),
     ((*QUANTIZE, "--bits", "three"), "--bits"),
     (("quantize", "float"), "OUT"),
+    ((*PLAN, "--devices", "0"), "--devices"),
     (("quantise",), "quantise"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,18 @@ def round_to_gptq(source: Path, folder: Path, group_size: int = 32) -> None:
     tensors, rounded = load_file(source / "model.safetensors"), {}
     for name, tensor in tensors.items():
         if tensor.dim() == 2 and "layers." in name and name.endswith(".weight"):
-            rounded |= _packed(name.removesuffix(".weight"), tensor, group_size)
+            rounded |= packed(name.removesuffix(".weight"), tensor, group_size)
         else:
             rounded[name] = tensor
     save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
     config: dict[str, Any] = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {
+    config["quantization_config"] = gptq_settings(group_size)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def gptq_settings(group_size: int) -> dict[str, Any]:
+    """The ``quantization_config`` of what ``packed`` gives."""
+    return {
         "quant_method": "gptq",
         "bits": BITS,
         "group_size": group_size,
@@ -37,13 +44,18 @@ def round_to_gptq(source: Path, folder: Path, group_size: int = 32) -> None:
         "sym": True,
         "checkpoint_format": "gptq",
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _packed(name: str, weight: Tensor, group_size: int) -> dict[str, Tensor]:
+def packed(
+    name: str,
+    weight: Tensor,
+    group_size: int,
+    rounding: Callable[[Tensor], Tensor] = torch.floor,
+) -> dict[str, Tensor]:
+    """A linear's tensors, of its weight (out_features, in_features)."""
     groups = weight.float().T.reshape(-1, group_size, len(weight))  # inputs in groups, outputs
     scales = (groups.abs().amax(1) / (ZERO - 1)).to(weight.dtype)
-    values = (groups / scales.float()[:, None]).floor().clamp(-ZERO, ZERO - 1) + ZERO
+    values = rounding(groups / scales.float()[:, None]).clamp(-ZERO, ZERO - 1) + ZERO
     zeros = torch.full_like(scales, ZERO - 1, dtype=torch.int64)  # stored less one
     inputs = weight.shape[1]
     return {

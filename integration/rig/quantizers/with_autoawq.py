@@ -24,8 +24,8 @@ def save(awq, folder):
     awq.save_quantized(str(folder))
 
 
-def load(folder):
+def load(folder, device="cpu"):
     from awq import AutoAWQForCausalLM
 
-    awq = AutoAWQForCausalLM.from_quantized(str(folder), device_map={"": "cpu"}, fuse_layers=False)
+    awq = AutoAWQForCausalLM.from_quantized(str(folder), device_map={"": device}, fuse_layers=False)
     return awq.model

@@ -36,19 +36,26 @@ METHODS = {
 
 
 def served_checkpoint(
-    folder: Path, architecture: str, positions: int, method: str = "gptq"
+    folder: Path,
+    architecture: str,
+    positions: int,
+    method: str = "gptq",
+    factor: float = 1.0,
+    **changes: int,
 ) -> tuple[Path, Path]:
     """Write a tiny model of 4-bit weights, with and without vectors.
 
     Args:
         method: One of ``METHODS``.
+        factor: How large they are made; kernels that round more need larger ones.
+        changes: Of the model's shape.
 
     Returns:
         The folder with vectors, and the one without.
     """
     source, plain, out = folder / "float", folder / "without", folder / "with"
     source.mkdir(parents=True)
-    tiny_checkpoint(source, architecture, torch.bfloat16, longest=LONGEST)
+    tiny_checkpoint(source, architecture, torch.bfloat16, longest=LONGEST, **changes)
     tiny_tokenizer().save_pretrained(source)
     METHODS[method](source, plain)
     tiny_tokenizer().save_pretrained(plain)
@@ -57,7 +64,7 @@ def served_checkpoint(
     settings = {"positions": positions, "held_out": 0}
     compensation = bc_plugin.compensate(model, float_model, sequences(), settings)
     for vectors in compensation.vectors.values():
-        size = vectors.float().abs().mean()
+        size = factor * vectors.float().abs().mean()
         vectors += (size * torch.randn(vectors.shape)).to(vectors.dtype)
         vectors[:-1] += (2 * size * torch.randn(vectors[:-1].shape)).to(vectors.dtype)
     out.mkdir()

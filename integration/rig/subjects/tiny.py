@@ -34,9 +34,18 @@ SHAPES = {
 
 
 def tiny_checkpoint(
-    folder, architecture="llama", dtype=torch.float32, seed=0, vocab_size=VOCABULARY, longest=64
+    folder,
+    architecture="llama",
+    dtype=torch.float32,
+    seed=0,
+    vocab_size=VOCABULARY,
+    longest=64,
+    **changes,
 ):
-    """Write a random float model to ``folder``; returns the folder as a string."""
+    """Write a random float model to ``folder``; returns the folder as a string.
+
+    ``changes`` are of its shape.
+    """
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         architecture,
@@ -44,7 +53,7 @@ def tiny_checkpoint(
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **{**SHAPES[architecture], "max_position_embeddings": longest},
+        **{**SHAPES[architecture], "max_position_embeddings": longest, **changes},
     )
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     for name, parameter in model.named_parameters():
