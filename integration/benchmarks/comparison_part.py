@@ -97,26 +97,31 @@ class Part:
         self.made(variant, model.save_pretrained)
         self.measure(variant, model, compensation.seconds)
 
-    def refined(self, variant: str, start: str, settings: dict) -> None:
+    def refined(
+        self, variant: str, start: str, settings: dict, calibration: list | None = None
+    ) -> None:
         """Train a model that ``compensated`` saved."""
+        calibration = self.more if calibration is None else calibration
         model = self.load(start)
         config = RefinementConfig(**{**REFINEMENT, **settings})
         reference, seconds = self.reference, 0.0
         if config.by == "model":
-            reference, seconds = self.float_logits(config)
+            reference, seconds = self.float_logits(config, calibration)
         begin = time.perf_counter()
-        found = bc_plugin.refine(model, reference, self.more, config)
+        found = bc_plugin.refine(model, reference, calibration, config)
         seconds += time.perf_counter() - begin
         self.made(variant, model.save_pretrained)
         self.measure(variant, model, seconds)
         self.keep(variant, {**self.found[variant], "refined": found.refined})
 
-    def float_logits(self, config: RefinementConfig) -> tuple[FloatLogits, float]:
+    def float_logits(
+        self, config: RefinementConfig, calibration: list
+    ) -> tuple[FloatLogits, float]:
         """What the float model predicts, and the seconds it took to record that."""
-        folder = FOLDER / f"float-logits-{self.seed}"
+        folder = FOLDER / f"float-logits-{self.seed}-{len(calibration)}"
         record = folder / "seconds.json"
         start = time.perf_counter()
-        found = bc_plugin.record_float_logits(self.reference, self.more, config, folder=folder)
+        found = bc_plugin.record_float_logits(self.reference, calibration, config, folder=folder)
         if not record.exists():
             record.write_text(json.dumps(time.perf_counter() - start))
         return found, json.loads(record.read_text())

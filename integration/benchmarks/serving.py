@@ -66,7 +66,8 @@ def prepare() -> None:
     few = {"steps": STEPS, "evaluate_every": STEPS, "train": EVERYTHING}
     if not (source / REFINED).exists():
         bc_plugin.enable()
-        Part(BITS, SEED).refined(REFINED, "joint-1", few)
+        part = Part(BITS, SEED)
+        part.refined(REFINED, "joint-1", few, part.calibration)
         bc_plugin.disable()
     # Not jointly, so that the weights without vectors are worth comparing.
     bc_plugin.export(source / "bc-0", FOLDER / "biases", engine="vllm")
