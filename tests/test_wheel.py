@@ -49,7 +49,6 @@ EXTRAS = {
     "auto_gptq",
     "awq",
     "datasets",
-    "accelerate",
     "vllm",
 }
 
