@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .evaluate import Evaluation, evaluate
     from .export import export
     from .plan import Plan, plan
+    from .ranks import together
     from .refine import record_float_logits, refine
     from .refinement.config import RefinementConfig
     from .refinement.float_logits import FloatLogits
@@ -42,6 +43,7 @@ __all__ = [
     "plan",
     "record_float_logits",
     "refine",
+    "together",
     "write_card",
 ]
 _MODULES = {  # of those whose module has another name
@@ -55,6 +57,7 @@ _MODULES = {  # of those whose module has another name
     "disable": "enable",
     "enabled": "enable",
     "record_float_logits": "refine",
+    "together": "ranks",
     "write_card": "vectors.card",
 }
 

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from .errors import BiasCompensationError
 from .models.blocks import find_block_lists, find_blocks
 from .models.float_blocks import BlockSnapshot, float_blocks_of
 from .models.modules import copy_of, device_of, dtype_of, evaluating
-from .models.offloaded import require_in_memory
+from .models.offloaded import lent, require_in_memory
 from .models.repacked import require_as_stored
 from .names import KEY
 from .ranks import add_up, are_several, require_same
@@ -46,6 +47,7 @@ from .shift.sites import (
     sites_outside,
 )
 from .shift.statistics import Site
+from .streaming.load import open_streamed
 from .vectors.compensation import Compensation
 from .vectors.contents import SiteErrors
 from .vectors.joint import joint_linears, require_linears
@@ -53,8 +55,8 @@ from .vectors.weights import are_kept, weights_of
 
 
 def compensate(
-    quantized_model: nn.Module,
-    float_model: nn.Module | BlockSnapshot,
+    quantized_model: nn.Module | str | Path,
+    float_model: nn.Module | BlockSnapshot | str | Path,
     calibration: Iterable[Any],
     config: BiasCompensationConfig | dict | bool = True,
     *,
@@ -74,11 +76,15 @@ def compensate(
     the float model's own inputs, too; every place counts there, padding of images included.
     Heads are no sites, be they a language model's, classifiers' or box predictors'.
 
+    A folder in the place of a model is never loaded whole: blocks are read from its safetensors
+    files one after the other, see ``bc_plugin.streaming.load.open_streamed``.
+
     Args:
         quantized_model: Left as it was, but for its linears' scales if ``scales`` is asked for; use
-            ``Compensation.attach`` on it afterwards.
-        float_model: A model with the same modules' names, or a snapshot of its blocks, which takes
-            one list of blocks and nothing outside of them.
+            ``Compensation.attach`` on it afterwards. Or the folder of its checkpoint, of GPTQ's or
+            AWQ's; ``Compensation.save`` puts the vectors beside it.
+        float_model: A model with the same modules' names, or its folder, or a snapshot of its
+            blocks, which takes one list of blocks and nothing outside of them.
         calibration: Model inputs: dicts of tensors (or single tensors) with the batch first.
         config: Settings, as in a toolkit's ``bias_compensation`` keyword.
         rescalings: For blocks of the quantized model, the scales that AWQ moved within them.
@@ -96,9 +102,19 @@ def compensate(
             was jointly, and linears would be left without vectors; the calibration data is empty,
             all padding or too short for the positions; the positions of a site's tokens are
             unknown, as in windowed or cross-attention; an output is not finite; scales were asked
-            for, and cannot be told from integers. Scales are then as they were.
+            for, and cannot be told from integers, or there is only a folder to hold them. Scales
+            are then as they were. A folder's format is unknown here, or its files are damaged.
     """
     config = BiasCompensationConfig.parse(config) or BiasCompensationConfig()
+    if config.scales and isinstance(quantized_model, (str, Path)):
+        raise BiasCompensationError(
+            f"scales=True: {quantized_model} is left as it is, so the scales would be lost. Use "
+            "`bc-plugin compensate --scales`, which writes them, or pass the loaded model."
+        )
+    quantized_model, float_model = (
+        open_streamed(model, blocks=config.blocks) if isinstance(model, (str, Path)) else model
+        for model in (quantized_model, float_model)
+    )
     if any(KEY in module._buffers for module in quantized_model.modules()):
         raise BiasCompensationError(
             "the quantized model is compensated already; detach its compensation first."
@@ -166,7 +182,8 @@ class _Pass:
                 start, blocks, self.calibration, self.config, checked=self.live
             )
             for number, name in enumerate(tqdm(blocks.names, desc="Compensating blocks")):
-                self._compensate_block(number, name)
+                with lent(self.model, name):
+                    self._compensate_block(number, name)
         if self.experts and "linear" in self.config.sites:
             tqdm.write(about_experts(self.experts))
         if not self.changed:

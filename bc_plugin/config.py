@@ -76,6 +76,8 @@ class BiasCompensationConfig(Settings):
             and sounds are all used, since a class token, or a patch, is seen but once in each.
         batch_tokens: Tokens per forward pass; an image counts as patches of 16 x 16 pixels, a
             sound as its frames. Changes speed and memory, not the result.
+        offload_activations: Keep what passes from block to block in temporary files (in the folder
+            that ``TMPDIR`` names). Changes speed and memory, not the result.
         refine_steps: Train the vectors so many steps against the float model, starting from the
             closed form; see ``bc_plugin.refine``. 0 leaves them as they are.
         refine: What the training compares, ``"model"`` or ``"block"``.
@@ -98,6 +100,7 @@ class BiasCompensationConfig(Settings):
     keep_only_if_better: bool = False
     max_tokens: int | None = 8192
     batch_tokens: int = 4096
+    offload_activations: bool = False
     refine_steps: int = 0
     refine: Literal["model", "block"] = "model"
     refine_train: tuple[str, ...] = ("vectors",)
@@ -127,7 +130,7 @@ class BiasCompensationConfig(Settings):
             "the path of a list of blocks, or several",
         )
         self._require_number("held_out", lambda n: 0 <= n < 1, "a share from 0 to below 1", Real)
-        for name in ("joint", "scales", "keep_only_if_better"):
+        for name in ("joint", "scales", "keep_only_if_better", "offload_activations"):
             self._require_bool(name)
         self._require(
             not (self.keep_only_if_better and self.held_out == 0),

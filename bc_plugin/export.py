@@ -6,20 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from .engines.as_llama import FUSED, Fused, llama_config, unfuse
 from .engines.dequantize import dequantize
 from .engines.keep import write_kept
 from .engines.plain import dtype_in, read_tensors, set_biases, write_checkpoint
 from .engines.plan import architecture_for, describe_left, make_plan
-from .engines.verify import verify, verify_kept
+from .engines.verify import require_own_weights, verify_kept, verify_plain
 from .engines.widen import needs_widening, widen
 from .errors import BiasCompensationError
 from .files import new_folder
 from .models.architectures import ARCHITECTURES, ENGINES
 from .names import KEY
 from .vectors.compensation import Compensation
+from .vectors.lazy import LazyTensor
 from .vectors.sealed import unseal
 
 
@@ -30,6 +29,7 @@ def export(
     engine: str = "transformers",
     allow_partial: bool = False,
     as_llama: bool = False,
+    verify: bool = True,
     device_map: str = "cpu",
 ) -> Path:
     """Write a checkpoint for an engine, with biases that hold the vectors, and load it to compare.
@@ -44,6 +44,9 @@ def export(
         allow_partial: Leave out vectors that can be no biases of the engine's, rather than refuse
             or keep them.
         as_llama: Rewrite a model that is exactly a Llama with biases as one.
+        verify: Load the source, and the result in a fresh process, and compare their logits.
+            Otherwise no model is ever in memory, and of the source only the digest of its files is
+            checked.
         device_map: Where transformers loads the two models that are compared.
 
     Returns:
@@ -58,9 +61,11 @@ def export(
     if engine not in ENGINES:
         raise BiasCompensationError(f"engine {engine!r} is unknown; known are {list(ENGINES)}.")
     compensation = Compensation.load(compensated)
+    if not verify:
+        require_own_weights(compensated)
     config = json.loads((compensated / "config.json").read_text(encoding="utf-8"))
     if engine == "vllm" and _kept(compensation, config, allow_partial or as_llama):
-        return _keep(compensated, Path(out), config, compensation, device_map)
+        return _keep(compensated, Path(out), config, compensation, verify, device_map)
     _require_one_vector(compensation, compensated)
     fused: Fused = {}
     if as_llama:
@@ -81,8 +86,8 @@ def export(
     _repack(tensors, config, engine)
     with new_folder(Path(out)) as part:
         write_checkpoint(part, compensated, tensors, config)
-        del tensors
-        verify(compensated, part, compensation, plan, device_map)
+        if verify:
+            verify_plain(compensated, part, compensation, plan, device_map)
     return Path(out)
 
 
@@ -101,15 +106,20 @@ def _kept(compensation: Compensation, config: dict[str, Any], plain: bool) -> bo
 
 
 def _keep(
-    source: Path, out: Path, config: dict[str, Any], compensation: Compensation, device_map: str
+    source: Path,
+    out: Path,
+    config: dict[str, Any],
+    compensation: Compensation,
+    verify: bool,
+    device_map: str,
 ) -> Path:
     """Write the same checkpoint in a width that vLLM has kernels for, vectors included."""
     tensors = read_tensors(source)
     _repack(tensors, config, "vllm")
     with new_folder(out) as part:
         write_kept(part, source, tensors, config, compensation)
-        del tensors
-        verify_kept(source, part, compensation, device_map)
+        if verify:
+            verify_kept(source, part, compensation, device_map)
     return out
 
 
@@ -123,7 +133,7 @@ def _require_one_vector(compensation: Compensation, folder: Path) -> None:
         )
 
 
-def _repack(tensors: dict[str, Tensor], config: dict[str, Any], engine: str) -> None:
+def _repack(tensors: dict[str, LazyTensor], config: dict[str, Any], engine: str) -> None:
     """Store packed weights as the engine has kernels for them."""
     config.pop(KEY, None)
     settings = config.get("quantization_config")

@@ -15,6 +15,7 @@ from .errors import BiasCompensationError
 from .models.blocks import find_block_lists
 from .models.float_blocks import BlockSnapshot
 from .models.modules import copy_of, device_of, dtype_of
+from .ranks import are_several, require_same
 from .refinement.by_block import train_by_block
 from .refinement.by_model import train_by_model
 from .refinement.checksums import checksum, surroundings_checksum
@@ -28,6 +29,11 @@ from .refinement.weights import write_weights
 from .shift.same_model import require_same_model
 from .vectors.compensation import Compensation
 from .vectors.weights import forget_floats, weights_of
+
+OTHER_RANKS = (
+    "the ranks are to refine different models or vectors, or with different settings; give all of "
+    "them the same, and each its share of the calibration data."
+)
 
 
 def refine(
@@ -133,9 +139,11 @@ def train_vectors(
     # Saving rounds the errors, which decide how far steps go: from here on it makes no difference.
     start = Compensation.from_entry(compensation.entry(), compensation.vectors)
     progress = Progress(None)
-    if folder is not None:
+    if folder is not None or are_several():
         settings = {**asdict(config), "dtype": str(dtype_of(model))}
-        progress = Progress(Path(folder), settings, _inputs(model, start, float_model, data))
+        inputs = _inputs(model, start, float_model, data)
+        require_same([settings, inputs], OTHER_RANKS)
+        progress = Progress(None if folder is None else Path(folder), settings, inputs)
     by = {"model": train_by_model, "block": train_by_block}[config.by]
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         outcome = by(model, start, float_model, data, config, progress, copy_to_run)

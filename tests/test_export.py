@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers.language import crudely_quantized, tiny_model, token_batches
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import bc_plugin
@@ -153,9 +154,24 @@ def test_an_unknown_architecture_is_refused(tmp_path):
         bc_plugin.export(tmp_path / "in", tmp_path / "out")
 
 
-def test_loading_a_vector_of_other_weights_is_still_refused(tmp_path):
+@pytest.mark.parametrize("verify", [True, False])
+def test_loading_a_vector_of_other_weights_is_still_refused(tmp_path, verify):
     _compensated(tmp_path / "in")
     _, other = _compensated(tmp_path / "other", seed=3)
     other.save_pretrained(tmp_path / "in")
     with pytest.raises(BiasCompensationError, match="digest"):
-        bc_plugin.export(tmp_path / "in", tmp_path / "out")
+        bc_plugin.export(tmp_path / "in", tmp_path / "out", verify=verify)
+
+
+def test_without_verifying_no_model_is_loaded(tmp_path, monkeypatch):
+    compensation, _ = _compensated(tmp_path / "in")
+    bc_plugin.export(tmp_path / "in", tmp_path / "verified")
+    monkeypatch.delattr(AutoModelForCausalLM, "from_pretrained")
+    bc_plugin.export(tmp_path / "in", tmp_path / "out", verify=False)
+    for file in (tmp_path / "verified").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    vectors = {f"{name}.bias_compensation": v for name, v in compensation.vectors.items()}
+    unbound = {"bias_compensation": json.dumps(compensation.entry())}
+    save_file(vectors, tmp_path / "in" / "bias_compensation.safetensors", metadata=unbound)
+    with pytest.raises(BiasCompensationError, match="do not say which files' weights"):
+        bc_plugin.export(tmp_path / "in", tmp_path / "again", verify=False)

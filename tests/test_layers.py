@@ -19,7 +19,7 @@ BANDS = (
     ("files", "texts", "config", "supported", "ranks"),
     ("models",),
     ("vectors", "calibration"),
-    ("shift", "refinement", "engines", "gguf"),
+    ("shift", "refinement", "engines", "gguf", "streaming"),
     ("costs",),
     ("compensate", "refine", "export", "evaluate", "plan"),
     ("toolkits",),

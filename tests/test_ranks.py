@@ -12,6 +12,8 @@ from bc_plugin.calibration.batches import split_held_out, spread
 
 EXACT = {"dtype": "float64", "positions": 2}
 SHARES = slice(0, 7), slice(7, 10)  # unequal ones
+# One has nothing; in each case that holds some out, one has nothing but those.
+OF_THREE = ((0, 0), (0, 7), (7, 10)), ((0, 1), (1, 2), (2, 10))
 CASES = {
     "held out": {**EXACT, "held_out": 0.3},
     "dropped": {**EXACT, "held_out": 0.3, "keep_only_if_better": True},
@@ -38,13 +40,15 @@ def _compensated(case, data, seed=0):
     return found.vectors, found.errors, scales
 
 
-def _on_a_rank(rank, cases):
+def _on_a_rank(rank, shares):
     with ranks.together():
-        return {case: _compensated(case, _data()[SHARES[rank]]) for case in cases}
+        data = _data()[slice(*shares[rank])]
+        return {case: _compensated(case, data) for case in CASES}
 
 
-def test_the_vectors_of_two_ranks_are_those_of_one(tmp_path):
-    by_rank = on_ranks(2, tmp_path, _on_a_rank, list(CASES))
+@pytest.mark.parametrize("shares", [((0, 7), (7, 10)), *OF_THREE])
+def test_the_vectors_of_several_ranks_are_those_of_one(tmp_path, shares):
+    by_rank = on_ranks(len(shares), tmp_path, _on_a_rank, shares)
     for case in CASES:
         both = [found[case] for found in by_rank]
         vectors, errors, scales = _compensated(case, _data())
@@ -58,8 +62,9 @@ def test_the_vectors_of_two_ranks_are_those_of_one(tmp_path):
                     assert getattr(measured[name], field) == (value and pytest.approx(value))
             for name, expected in scales.items():
                 torch.testing.assert_close(fitted[name], expected)
-        (first, *_), (second, *_) = both
-        assert all(torch.equal(first[name], second[name]) for name in first), case
+        (first, *_), *others = both
+        for second, *_ in others:
+            assert all(torch.equal(first[name], second[name]) for name in first), case
     dropped, kept = (_compensated(case, _data())[0] for case in ("dropped", "held out"))
     assert 0 < len(dropped) < len(kept)
 
@@ -118,7 +123,8 @@ def _chosen(rank, share):
         return kept, split_held_out(items, share)
 
 
-def test_every_rank_keeps_something_to_fit_to(tmp_path):
+def test_what_is_chosen_is_what_one_process_chooses(tmp_path):
     first, second = on_ranks(2, tmp_path, _chosen, 0.9)
     assert first == ([0, 2], ([2], [0, 1, 3]))
-    assert second == ([4], ([4], []))
+    assert second == ([], ([], [4]))
+    assert split_held_out(range(5), 0.9) == ([2], [0, 1, 3, 4])

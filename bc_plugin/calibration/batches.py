@@ -63,7 +63,7 @@ def rebatch(items: Iterable[Any], batch_tokens: int) -> list[Batch]:
     """Join items of equal shape into batches of about ``batch_tokens`` tokens.
 
     Raises:
-        BiasCompensationError: there are no items, or one is none; see ``checked_items``.
+        BiasCompensationError: an item is none; see ``checked_items``.
     """
     waiting: dict[tuple, list[dict[str, Any]]] = {}
     batches: list[Batch] = []
@@ -73,18 +73,14 @@ def rebatch(items: Iterable[Any], batch_tokens: int) -> list[Batch]:
             batches.append(_joined(group))
             group.clear()
         group.append(inputs)
-    batches += [_joined(group) for group in waiting.values() if group]
-    if not batches:
-        raise BiasCompensationError("the calibration data is empty; give at least one sequence.")
-    return batches
+    return batches + [_joined(group) for group in waiting.values() if group]
 
 
 def spread(items: Sequence[Any], max_tokens: int | None) -> list[Any]:
     """Items of about ``max_tokens`` tokens together, taken from all over the data.
 
     Images and sounds are all used: a class token, or a patch, is seen but once in each. Of several
-    ranks each has its part of the data, and takes of it what would be taken of the whole, at least
-    one item.
+    ranks each has its part of the data, and takes of it what is taken of the whole, maybe nothing.
     """
     items = list(items)
     inputs = checked_items(items)
@@ -95,14 +91,14 @@ def spread(items: Sequence[Any], max_tokens: int | None) -> list[Any]:
     start, total = place_of(len(items))
     count = min(total, max(2, math.ceil(total * max_tokens / max(tokens, 1))))
     chosen = {i * total // count for i in range(count)}
-    return [item for i, item in enumerate(items, start) if i in chosen] or items[:1]
+    return [item for i, item in enumerate(items, start) if i in chosen]
 
 
 def split_held_out(items: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
     """Keep a share of the items apart: every n-th one, so that both parts see all of the data.
 
     At least one item stays on each side where there are two or more and ``share`` is above 0. Of
-    several ranks each keeps apart what would be of the whole, but never all that it has.
+    several ranks each has its part of the data, and keeps apart what is of the whole, maybe all.
     """
     items = list(items)
     start, total = place_of(len(items))
@@ -110,8 +106,6 @@ def split_held_out(items: Sequence[Any], share: float) -> tuple[list[Any], list[
     if count <= 0:
         return items, []
     apart = {(2 * i + 1) * total // (2 * count) - start for i in range(count)}
-    if apart.issuperset(range(len(items))):
-        return items[:1], items[1:]
     kept = [item for i, item in enumerate(items) if i not in apart]
     return kept, [item for i, item in enumerate(items) if i in apart]
 
@@ -125,8 +119,7 @@ def calibration_batches(
         BiasCompensationError: there is none, or an item is none; see ``checked_items``.
     """
     items = spread(checked_items(calibration), config.max_tokens)
+    if not any(gathered(bool(items))):
+        raise BiasCompensationError("the calibration data is empty; give at least one sequence.")
     fitted, apart = split_held_out(items, config.held_out)
-    return (
-        rebatch(fitted, config.batch_tokens),
-        rebatch(apart, config.batch_tokens) if apart else [],
-    )
+    return rebatch(fitted, config.batch_tokens), rebatch(apart, config.batch_tokens)

@@ -68,11 +68,17 @@ def prepare_stream(
     """
     fitted, apart = calibration_batches(calibration, config)
     device = device_of(model)
+
+    def kept(calls: BlockCalls) -> BlockCalls:
+        calls.on_disk = config.offload_activations
+        calls.hidden = calls.kept(calls.hidden)
+        return calls
+
     with _told():
-        if checked:
+        if checked and fitted:  # of several ranks some may have nothing
             check_stream(model, blocks, _first_sequence(fitted[0]))
-        stream = list(record_calls(model, blocks, fitted, device))
-    longest = max(gathered(max(int(calls.index.max()) + 1 for calls in stream)))
+        stream = [kept(calls) for calls in record_calls(model, blocks, fitted, device)]
+    longest = max(gathered(max((int(calls.index.max()) + 1 for calls in stream), default=0)))
     if config.positions != "all" and longest <= config.positions:
         raise BiasCompensationError(
             f"the longest calibration sequence has {longest} tokens; positions={config.positions} "
@@ -84,7 +90,7 @@ def prepare_stream(
         )
     if apart:
         with _told():
-            held_out = list(record_calls(model, blocks, apart, device))
+            held_out = [kept(calls) for calls in record_calls(model, blocks, apart, device)]
         for calls in held_out:
             calls.apart = True
         stream += held_out

@@ -16,6 +16,7 @@ from .export import export
 from .inspect import inspect
 from .plan import plan
 from .quantize import quantize
+from .ranks import alone, name, shared
 from .refine import refine
 from .run import run
 from .stopped import Stopped, stop_on_signals
@@ -27,7 +28,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (plan, quantize, compensate, refine, export, evaluate, inspect):
+for command in (
+    alone(plan),
+    alone(quantize),
+    shared(compensate),
+    shared(refine),
+    alone(export),
+    alone(evaluate),
+    alone(inspect),
+):
     app.command()(command)
 # What follows belongs to the program, options included.
 app.command(context_settings={"ignore_unknown_options": True})(run)
@@ -64,4 +73,5 @@ def main() -> None:
 
 def _say(what: str, error: BaseException) -> None:
     # As text, since [...] in a message is no markup; whole, so that paths can be copied.
-    Console(stderr=True).print(Text.assemble((what, "red"), str(error)), soft_wrap=True)
+    said = Text.assemble(name(), (what, "red"), str(error))
+    Console(stderr=True).print(said, soft_wrap=True)

@@ -10,19 +10,21 @@ from ..files import check_out, new_folder
 from ..gguf.file import is_gguf
 from .arguments import check_loading, float_config, model_config, text_of
 from .gguf import compensate_file, settings_for_file
-from .inputs import float_inputs, load_as_stored, pass_settings
+from .inputs import float_inputs, load_as_stored, load_model, pass_settings, stream_or
 from .options import (
     CalibrationData,
     DeviceMap,
     Dtype,
     FloatModel,
     Length,
+    OffloadActivations,
     Out,
     Samples,
     Scales,
     Sites,
 )
 from .outputs import write
+from .ranks import by_first
 from .sites import print_sites
 from .stopped import making
 
@@ -47,10 +49,13 @@ def compensate(
     length: Length = 512,
     dtype: Dtype = "auto",
     device_map: DeviceMap = "auto",
+    offload_activations: OffloadActivations = False,
 ) -> None:
     """Compensate a checkpoint that is quantized already, or a GGUF file of llama.cpp's.
 
-    Vectors that it has are computed anew. Of a GGUF file, OUT is one, too.
+    Vectors that it has are computed anew. Of a GGUF file, OUT is one, too. Both models are read
+    block by block where their formats are known, and loaded whole otherwise. Started by torchrun,
+    each process takes its share of the sequences.
 
     Example: `bc-plugin compensate ./gptq ./SmolLM2-135M ./out --dataset text.txt --positions 0`
     """
@@ -59,25 +64,28 @@ def compensate(
         data = dataset, one, samples, length, dtype, device_map
         compensate_file(quantized, float_model, out, *data)
         return
-    settings = pass_settings(positions or "1", sites, scales=scales)
+    settings = pass_settings(
+        positions or "1", sites, scales=scales, offload_activations=offload_activations
+    )
     check_out(out)
     model_config("QUANTIZED", quantized)
     float_config(float_model)
     check_loading(dtype, device_map)
     text = text_of(dataset)
-    with making(out), new_folder(out) as part:
+    with making(out), by_first(new_folder(out)) as part:
         from .. import Compensation, enable
         from .. import compensate as run
 
         enable("transformers")
         tokenizer, calibration, reference = float_inputs(
-            float_model, text, length, samples, dtype, device_map
+            float_model, text, length, samples, dtype, device_map, stream_or(load_model)
         )
-        model = load_as_stored("QUANTIZED", quantized, dtype, device_map)
+        model = stream_or(load_as_stored)("QUANTIZED", quantized, dtype, device_map)
         before = Compensation.attached_to(model)
         if before is not None:
             before.detach(model)
         compensation = run(model, reference, calibration, settings)
-        compensation.attach(model)
-        write(quantized, part, compensation, model, tokenizer)
-    print_sites(out, by_group=True)
+        if part is not None:
+            write(quantized, part, compensation, model, tokenizer)
+    if part is not None:
+        print_sites(out, by_group=True)

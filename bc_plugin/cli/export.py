@@ -30,6 +30,10 @@ def export(
     as_llama: Annotated[
         bool, typer.Option("--as-llama", help="Rewrite a model that is exactly a Llama as one.")
     ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Load the result and compare; takes memory."),
+    ] = True,
     device_map: DeviceMap = "cpu",
 ) -> None:
     """Merge the vectors into plain biases, which engines load without this plugin.
@@ -53,9 +57,13 @@ def export(
             engine=engine,
             allow_partial=allow_partial,
             as_llama=as_llama,
+            verify=verify,
             device_map=device_map,
         )
-    if read_settings(out).get(KEY) is None:
-        typer.echo(f"{out}: verified in a process without the plugin")
-    else:
-        typer.echo(f"{out}: verified; its vectors can be no biases, so vLLM needs the plugin")
+    plain = read_settings(out).get(KEY) is None
+    said = "verified" if verify else "not verified"
+    if verify and plain:
+        said += " in a process without the plugin"
+    typer.echo(f"{out}: {said}")
+    if not plain:
+        typer.echo("Its vectors can be no biases, so vLLM needs the plugin.")

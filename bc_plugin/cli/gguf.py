@@ -15,6 +15,7 @@ from ..gguf.places import BLOCKS, places_in
 from ..refinement.config import RefinementConfig
 from .arguments import check_float, check_loading, text_of
 from .inputs import config_of, float_inputs, pass_settings
+from .ranks import by_first
 from .sites import print_sites
 from .stopped import making
 
@@ -45,7 +46,7 @@ def compensate_file(
     source = _checked(quantized, float_model, out, dtype, device_map)
     places = places_in(source)
     text = text_of(dataset)
-    with making(out), new_files(out) as part:
+    with making(out), by_first(new_files(out)) as part:
         from .. import compensate as run
         from ..gguf.load import load_model
         from ..vectors.short_names import collapse
@@ -56,8 +57,11 @@ def compensate_file(
         model = load_model(source, device_map=device_map, config=config_of(float_model))
         only = places.__contains__
         compensation = run(model, reference, calibration, settings, only=only)
-        by = _write(source, part / out.name, model, compensation)
+        if part is not None:
+            by = _write(source, part / out.name, model, compensation)
         left = collapse(places.left(_linears(model)))
+    if part is None:
+        return
     _say(out, by)
     if left:
         typer.echo(
@@ -89,7 +93,8 @@ def refine_file(
         )
     source = _checked(compensated, float_model, out, dtype, device_map)
     text = text_of(dataset)
-    with making(out, f"the same command goes on from {started}"), new_files(out) as part:
+    again = f"the same command goes on from {started}"
+    with making(out, again), by_first(new_files(out)) as part:
         from .. import record_float_logits
         from .. import refine as run
         from ..gguf.load import load_model
@@ -108,11 +113,13 @@ def refine_file(
         compensation.attach_unchecked(model)
         refined = run(model, reference, calibration, config, folder=started)
         refined.detach(model)
-        with writing(out, f"The training is kept in {started}"):
-            by = _write(source, part / out.name, model, refined)
-        about_to_place(started, load_compensation(part / out.name).vectors)
-    delete_progress(started)
-    _say(out, by)
+        if part is not None:
+            with writing(out, f"The training is kept in {started}"):
+                by = _write(source, part / out.name, model, refined)
+            about_to_place(started, load_compensation(part / out.name).vectors)
+    if part is not None:
+        delete_progress(started)
+        _say(out, by)
 
 
 def _checked(model: str, float_model: str, out: Path, dtype: str, device_map: str) -> GGUFFile:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
 from ..gguf.file import GGUFFile, is_gguf
+from .arguments import SPREAD
 
 
 def pass_settings(positions: str, sites: str, **others: Any) -> BiasCompensationConfig:
@@ -66,6 +66,46 @@ def load_as_stored(argument: str, name: str | Path, dtype: str, device_map: str)
 
     with keeping_weights():
         return load_model(argument, name, dtype, device_map)
+
+
+def stream_or(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Instead of loading a model, leave its weights in its files; where that cannot be, load it."""
+
+    def open_model(argument: str, name: str, dtype: str, device_map: str) -> Any:
+        if is_gguf(name):
+            return load(argument, name, dtype, device_map)
+        from tqdm.auto import tqdm
+        from transformers import AutoModelForCausalLM
+
+        from ..streaming.load import CannotStream, open_streamed
+
+        device = "auto" if device_map in SPREAD else device_map
+        with _told(argument, name, "read", "a causal language model that transformers loads"):
+            try:
+                folder = _folder_of(name)
+                return open_streamed(folder, dtype, device, kind=AutoModelForCausalLM)
+            except CannotStream as error:
+                tqdm.write(f"{argument} {name} is loaded whole: {error.why}.")
+        return load(argument, name, dtype, device_map)
+
+    return open_model
+
+
+def _folder_of(name: str | Path) -> Path:
+    """A folder as it is; of a name on the hub its files in the cache, which get there."""
+    if Path(name).is_dir():
+        return Path(name)
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    from ..vectors.checkpoint import INDEX, SINGLE
+
+    if_there = {"_raise_exceptions_for_missing_entries": False}
+    index = cached_file(name, INDEX, **if_there)
+    if index is None:
+        cached_file(name, SINGLE, **if_there)
+    else:
+        get_checkpoint_shard_files(name, index)
+    return Path(cached_file(name, "config.json")).parent
 
 
 def load_tokenizer(argument: str, name: str | Path) -> Any:
@@ -125,16 +165,32 @@ def calibration_data(
 
 
 def float_inputs(
-    name: str, text: str | None, length: int, samples: int, dtype: str, device_map: str
+    name: str,
+    text: str | None,
+    length: int,
+    samples: int,
+    dtype: str,
+    device_map: str,
+    load: Callable[..., Any] | None = None,
 ) -> tuple[Any, list[dict[str, Any]], Any]:
     """The tokenizer of FLOAT, calibration data, and the model itself, which is loaded once.
+
+    Of several ranks each gets its share of the data; what the model writes is the first one's.
+
+    Args:
+        load: Used in the place of ``load_model``, but where the model has text to write.
 
     Raises:
         BiasCompensationError: it cannot be loaded; or, before it is, the text is too short.
     """
     tokenizer = load_tokenizer("FLOAT", name)
-    load = partial(load_model, "FLOAT", name, dtype, device_map)
-    if text is None:
-        model = load()
-        return tokenizer, calibration_data(None, tokenizer, length, samples, lambda: model), model
-    return tokenizer, calibration_data(text, tokenizer, length, samples, load), load()
+    which = "FLOAT", name, dtype, device_map
+    model = load_model(*which) if text is None else None
+    data = calibration_data(text, tokenizer, length, samples, lambda: model)
+    from ..ranks import given_by_first, part_of
+
+    if model is None:
+        model = (load or load_model)(*which)
+    else:
+        data = given_by_first(data)
+    return tokenizer, data[part_of(len(data))], model

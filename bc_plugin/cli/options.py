@@ -25,6 +25,10 @@ Sites = Annotated[str, typer.Option(help="What to compensate: `linear`, `block`,
 Scales = Annotated[
     bool, typer.Option("--scales", help="Fit the scales of the quantized linears as well.")
 ]
+OffloadActivations = Annotated[
+    bool,
+    typer.Option("--offload-activations", help="Keep activations in temporary files (in TMPDIR)."),
+]
 Length = Annotated[int, typer.Option(min=1, help="Tokens per sequence.")]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences, at most.")]
 FloatModel = Annotated[str, typer.Argument(metavar="FLOAT", help="The model it came from.")]

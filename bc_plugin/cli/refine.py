@@ -26,6 +26,7 @@ from .options import (
     Samples,
 )
 from .outputs import write
+from .ranks import by_first, is_first
 from .sites import load_compensation, print_sites
 from .stopped import making
 
@@ -54,7 +55,8 @@ def refine(
 ) -> None:
     """Train the vectors of a compensated checkpoint against the float model.
 
-    A run that is stopped leaves OUT.refining; the same command goes on from there.
+    A run that is stopped leaves OUT.refining; the same command goes on from there. Started by
+    torchrun, each process takes its share of the sequences.
 
     Example: `bc-plugin refine ./compensated ./SmolLM2-135M ./refined --dataset text.txt`
     """
@@ -66,7 +68,8 @@ def refine(
         gradient_checkpointing=gradient_checkpointing,
         mixed_precision=mixed_precision,
     )
-    _tidy(out)
+    if is_first():
+        _tidy(out)
     check_out(out)
     started = _progress_of(out)
     if started.exists() and not started.is_dir():
@@ -80,7 +83,7 @@ def refine(
     check_loading(dtype, device_map)
     text = text_of(dataset)
     again = f"the same command goes on from {started}"
-    with making(out, again), new_folder(out) as part:
+    with making(out, again), by_first(new_folder(out)) as part:
         from .. import Compensation, enable, record_float_logits
         from .. import refine as run
         from ..refinement.disk import writing
@@ -97,11 +100,13 @@ def refine(
         if Compensation.attached_to(model) is None:
             raise _not_compensated(compensated)
         refined = run(model, reference, calibration, config, folder=started)
-        with writing(out, f"The training is kept in {started}"):
-            write(compensated, part, refined, model, tokenizer)
-        about_to_place(started, refined.vectors)
-    delete_progress(started)  # not before: OUT is all that is left of the training
-    print_sites(out, by_group=True)
+        if part is not None:
+            with writing(out, f"The training is kept in {started}"):
+                write(compensated, part, refined, model, tokenizer)
+            about_to_place(started, refined.vectors)
+    if part is not None:
+        delete_progress(started)  # not before: OUT is all that is left of the training
+        print_sites(out, by_group=True)
 
 
 def _progress_of(out: Path) -> Path:

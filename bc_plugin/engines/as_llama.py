@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import BiasCompensationError
 from ..models.packed import WORD
+from ..vectors.lazy import LazyTensor
 
 # By fused linear, the parts and how many output channels each has.
 Fused = Mapping[str, Mapping[str, int]]
@@ -44,7 +45,7 @@ def parts_of(linear: str, vector: Tensor, fused: Fused) -> dict[str, Tensor]:
     return dict(zip(parts, vector.split(list(parts.values())), strict=True))
 
 
-def unfuse(tensors: dict[str, Tensor], fused: Fused, blocks: str) -> None:
+def unfuse(tensors: dict[str, LazyTensor], fused: Fused, blocks: str) -> None:
     """Cut every fused linear in ``tensors`` (a whole checkpoint), in place.
 
     Args:
@@ -63,10 +64,10 @@ def unfuse(tensors: dict[str, Tensor], fused: Fused, blocks: str) -> None:
             tensors[f"{blocks}.{index}.{part}.{leaf}"] = piece
 
 
-def _pieces(key: str, whole: Tensor, parts: Mapping[str, int]) -> Iterator[Tensor]:
+def _pieces(key: str, whole: LazyTensor, parts: Mapping[str, int]) -> Iterator[LazyTensor]:
     leaf, total = key.rpartition(".")[2], sum(parts.values())
     if leaf == "g_idx":  # by input channel, which all parts share
-        yield from (whole.clone() for _ in parts)
+        yield from (whole for _ in parts)
         return
     if leaf not in CHANNELS:
         raise BiasCompensationError(
@@ -82,8 +83,11 @@ def _pieces(key: str, whole: Tensor, parts: Mapping[str, int]) -> Iterator[Tenso
                 f"{key} cannot be cut into {list(parts)}: the {width} output channels of {part} "
                 f"are no multiple of {WORD}, so they share packed words."
             )
-    for piece in whole.split([width * stored // total for width in parts.values()], axis):
-        yield piece.clone()
+    start = 0
+    for width in parts.values():
+        length = width * stored // total
+        yield whole.narrow(axis, start, length)
+        start += length
 
 
 def llama_config(config: dict[str, Any]) -> dict[str, Any]:

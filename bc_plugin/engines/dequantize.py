@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from ..errors import BiasCompensationError
-from ..models.packed import packed_linears, weight_of
+from ..models.packed import LEAVES, packed_linears, packed_widths, weight_of
+from ..vectors.lazy import LazyTensor
+from .remade import remade
 
 
-def dequantize(tensors: dict[str, Tensor], settings: Mapping[str, Any], dtype: torch.dtype) -> None:
+def dequantize(
+    tensors: dict[str, LazyTensor], settings: Mapping[str, Any], dtype: torch.dtype
+) -> None:
     """Replace every packed linear in ``tensors`` (a whole checkpoint) by a float one, in place.
 
     Args:
@@ -30,7 +34,11 @@ def dequantize(tensors: dict[str, Tensor], settings: Mapping[str, Any], dtype: t
             "weights here, as llama.cpp's converter needs them; GPTQ and AWQ (gemm) can."
         )
     for name in packed_linears(tensors):
-        weight = weight_of(tensors, name, settings)
-        tensors[f"{name}.weight"] = weight.T.to(dtype).contiguous()
-        for leaf in ("qweight", "qzeros", "scales", "g_idx"):
+        shape = packed_widths(tensors, name, settings)[::-1]
+        tensors[f"{name}.weight"] = remade(tensors, name, settings, _weight, dtype, shape, dim=0)
+        for leaf in LEAVES:
             tensors.pop(f"{name}.{leaf}", None)
+
+
+def _weight(tensors: Mapping[str, Tensor], name: str, settings: Mapping[str, Any]) -> Tensor:
+    return weight_of(tensors, name, settings).T

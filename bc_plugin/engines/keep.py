@@ -5,23 +5,26 @@ For an engine that has no kernels for the width it was quantized with, but knows
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..names import SUFFIX
 from ..vectors.compensation import Compensation
+from ..vectors.lazy import LazyTensor
 from ..vectors.weights import weights_of
 from ..vectors.written import write_entry
-from .plain import write_checkpoint
+from .plain import read_tensors, write_checkpoint
 
 
 def write_kept(
     folder: Path,
     source: Path,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, LazyTensor],
     config: dict[str, Any],
     compensation: Compensation,
 ) -> None:
@@ -31,15 +34,16 @@ def write_kept(
         folder: Where to; it is there.
         source: The folder they were read from, whose other files are copied.
     """
-    weights = weights_of(_as_modules(tensors), compensation.blocks, compensation.vectors)
-    kept = compensation.replaced(digest=weights.digest, float_weights=weights.float_weights)
-    vectors = {name + SUFFIX: vector.contiguous() for name, vector in kept.vectors.items()}
+    vectors = {name + SUFFIX: LazyTensor.of(v) for name, v in compensation.vectors.items()}
     write_checkpoint(folder, source, {**tensors, **vectors}, config)
+    written = _as_modules(read_tensors(folder))
+    weights = weights_of(written, compensation.blocks, compensation.vectors)
+    kept = compensation.replaced(digest=weights.digest, float_weights=weights.float_weights)
     write_entry(folder, kept.entry())
 
 
-def _as_modules(tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Modules that hold a checkpoint's tensors, which have digests as a model's have."""
+def _as_modules(tensors: Mapping[str, LazyTensor]) -> nn.Module:
+    """Modules that stand for a checkpoint's tensors, and have digests as a model's have."""
     root = nn.Module()
     # Block 10 after block 9, as a model has them.
     for name in sorted(tensors, key=_in_order):
@@ -49,8 +53,26 @@ def _as_modules(tensors: Mapping[str, Tensor]) -> nn.Module:
             if part not in owner._modules:
                 owner.add_module(part, nn.Module())
             owner = owner._modules[part]
-        owner.register_buffer(leaf, tensors[name])
+        tensor = tensors[name]
+        owner.register_buffer(leaf, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+    root._hf_hook = SimpleNamespace(weights_map=_Values(tensors))  # as if accelerate kept them
     return root
+
+
+class _Values(Mapping[str, Tensor]):
+    """The values of lazy tensors, each read anew whenever it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:

@@ -10,27 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import BiasCompensationError
 from ..models.architectures import ALWAYS, Architecture
 from ..names import KEY
-from ..vectors.checkpoint import checkpoint_files, other_files, tensors_in
+from ..vectors.checkpoint import INDEX, checkpoint_files, other_files
 from ..vectors.compensation import Compensation
+from ..vectors.lazy import LazyTensor, tensors_in
 from ..vectors.sealed import unseal
 from ..vectors.settings import CONFIG, SETTINGS
+from ..vectors.splice import write_tensors
 from .plan import Plan
 
+FORMAT = {"format": "pt"}
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint but the vectors."""
+
+def read_tensors(folder: Path) -> dict[str, LazyTensor]:
+    """All tensors of a checkpoint but the vectors; they stay in its files.
+
+    Raises:
+        BiasCompensationError: a file is damaged, or has a name that transformers does not load.
+    """
     files = [f for f in checkpoint_files(folder) if fnmatch(f.name, "model*.safetensors")]
     if not files:
         raise BiasCompensationError(
             f"{folder} holds no model.safetensors, nor shards of one. Save it as safetensors; a "
             "file that AutoGPTQ named otherwise has to be renamed to that, as for transformers."
         )
-    return dict(pair for path in files for pair in tensors_in(path, vectors=False))
+    return dict(pair for path in files for pair in tensors_in(path, vectors=False).items())
 
 
 def dtype_in(config: Mapping[str, Any]) -> torch.dtype:
@@ -38,7 +45,7 @@ def dtype_in(config: Mapping[str, Any]) -> torch.dtype:
 
 
 def set_biases(
-    tensors: dict[str, Tensor],
+    tensors: dict[str, LazyTensor],
     plan: Plan,
     architecture: Architecture,
     config: dict[str, Any],
@@ -51,7 +58,8 @@ def set_biases(
     blocks = sorted({key.partition(".")[0] for key in inside})
     for flag, linears in architecture.flags.items():
         names = [f"{prefix}{block}.{linear}" for block in blocks for linear in linears]
-        present = {name: tensors.get(f"{name}.bias") for name in names}
+        stored = {name: tensors.get(f"{name}.bias") for name in names}
+        present = {name: None if bias is None else bias.read() for name, bias in stored.items()}
         in_use = any(name in plan.biases for name in names) or any(
             bias is not None and bool(bias.any()) for bias in present.values()
         )
@@ -68,10 +76,10 @@ def set_biases(
                     f"the bias of {name} does not fit into {whole.dtype}; export a checkpoint "
                     "in bfloat16 or float32."
                 )
-            tensors[f"{name}.bias"] = whole
+            tensors[f"{name}.bias"] = LazyTensor.of(whole)
 
 
-def _width(tensors: Mapping[str, Tensor], name: str, compensation: Compensation) -> int:
+def _width(tensors: Mapping[str, LazyTensor], name: str, compensation: Compensation) -> int:
     """out_features of a linear, from its vector or from whatever else is stored of it."""
     if name in compensation.vectors:
         return compensation.vectors[name].shape[-1]
@@ -82,12 +90,13 @@ def _width(tensors: Mapping[str, Tensor], name: str, compensation: Compensation)
 
 
 def write_checkpoint(
-    folder: Path, source: Path, tensors: dict[str, Tensor], config: dict[str, Any]
+    folder: Path, source: Path, tensors: Mapping[str, LazyTensor], config: dict[str, Any]
 ) -> None:
-    """Write ``tensors`` and ``config``, and whatever else the folder ``source`` holds."""
-    from huggingface_hub import save_torch_state_dict
+    """Write ``tensors`` and ``config``, and whatever else the folder ``source`` holds.
 
-    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+    One tensor at a time is in memory. Shards are those of ``save_pretrained``, of up to 5 GB.
+    """
+    _write_shards(folder, tensors)
     for file in other_files(source):
         if file.name not in (CONFIG, SETTINGS):
             shutil.copy2(file, folder / file.name)
@@ -99,3 +108,18 @@ def write_checkpoint(
         widened = config["quantization_config"]
         settings |= {name: widened[name] for name in settings if name in widened}
         (folder / own.name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    shapes = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in tensors.items()
+    }
+    split = split_torch_state_dict_into_shards(shapes)
+    for file, names in split.filename_to_tensors.items():
+        write_tensors(folder / file, {name: tensors[name] for name in names}, FORMAT)
+    if split.is_sharded:
+        index = {"metadata": {**split.metadata, **FORMAT}, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
+from ..names import FILE, FILES_DIGEST, KEY
+from ..vectors.checkpoint import checkpoint_files, read_metadata, require_bound
 from ..vectors.compensation import Compensation
 from ..vectors.sealed import unseal
+from ..vectors.settings import read_settings
 from .plan import Plan
 
 TOKENS = 48
@@ -45,7 +48,9 @@ def _unsealed(source: Path) -> Iterator[Path]:
 
 
 @torch.no_grad()
-def verify(source: Path, exported: Path, whole: Compensation, plan: Plan, device_map: str) -> None:
+def verify_plain(
+    source: Path, exported: Path, whole: Compensation, plan: Plan, device_map: str
+) -> None:
     """Compare a plain checkpoint with the plugin, in logits of arbitrary tokens."""
     model = _plain_model(source, device_map)
     whole.check(model)
@@ -79,6 +84,21 @@ def verify_kept(source: Path, exported: Path, whole: Compensation, device_map: s
     model, kept = _plain_model(exported, device_map), Compensation.load(exported)
     kept.check(model)
     _require_same(_logits(model, ids, kept), expected, plain, next(model.parameters()).dtype)
+
+
+def require_own_weights(source: Path) -> None:
+    """Make sure, without loading a model, that a checkpoint's vectors belong to its weights.
+
+    Raises:
+        BiasCompensationError: they do not, or its files do not tell.
+    """
+    entry = read_settings(source).get(KEY) or read_metadata(source / FILE).get(KEY, {})
+    if FILES_DIGEST not in entry:
+        raise BiasCompensationError(
+            f"the vectors in {source} do not say which files' weights they belong to, as they were "
+            "saved without bc_plugin.enable(); export it with verify=True (without --no-verify)."
+        )
+    require_bound(entry, checkpoint_files(source))
 
 
 def _plain_model(folder: Path, device_map: str) -> nn.Module:

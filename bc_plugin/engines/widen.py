@@ -8,15 +8,19 @@ zero point of 8 can hold.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import BiasCompensationError
-from ..models.packed import integers_of, pack, packed_linears
+from ..models.packed import WORD, integers_of, pack, packed_linears, packed_widths
+from ..vectors.lazy import LazyTensor
+from .remade import remade
 
 BITS, ZERO = 4, 8
+ZEROS = 0x77777777  # a word of zero points, stored less one, as the format "gptq" has it
 
 
 def needs_widening(settings: Mapping[str, Any]) -> bool:
@@ -38,11 +42,21 @@ def needs_widening(settings: Mapping[str, Any]) -> bool:
     )
 
 
-def widen(tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+def widen(tensors: dict[str, LazyTensor], settings: dict[str, Any]) -> None:
     """Widen every packed linear in ``tensors`` (a whole checkpoint), and its settings, in place."""
     for name in packed_linears(tensors):
-        values, zeros, groups = integers_of(tensors, name, settings)
-        tensors[f"{name}.qweight"] = pack(values - zeros[groups] + ZERO, dim=0)
-        # Stored less one, as the format "gptq" has it.
-        tensors[f"{name}.qzeros"] = pack(torch.full_like(zeros, ZERO - 1), dim=1)
+        inputs, outputs = packed_widths(tensors, name, settings)
+        weight = (inputs * BITS // WORD, outputs)
+        zeros = torch.Size((tensors[f"{name}.qzeros"].shape[0], outputs * BITS // WORD))
+        tensors[f"{name}.qweight"] = remade(
+            tensors, name, settings, _widened, torch.int32, weight, dim=1
+        )
+        tensors[f"{name}.qzeros"] = LazyTensor(
+            torch.int32, zeros, partial(torch.full, zeros, ZEROS, dtype=torch.int32)
+        )
     settings.update(bits=BITS, sym=True, format="gptq", checkpoint_format="gptq")
+
+
+def _widened(tensors: Mapping[str, Tensor], name: str, settings: Mapping[str, Any]) -> Tensor:
+    values, zeros, groups = integers_of(tensors, name, settings)
+    return pack(values - zeros[groups] + ZERO, dim=0)

@@ -97,8 +97,9 @@ class BiasCompensationModifier(Modifier):
             stack.enter_context(together())
             if self.refine_steps and are_several():
                 raise BiasCompensationError(
-                    "BiasCompensationModifier: refine_steps with several ranks; training works in "
-                    "one process. Leave it out, and refine what is saved with `bc-plugin refine`."
+                    "BiasCompensationModifier: refine_steps with several ranks, which have weights "
+                    "in common here. Leave it out, and refine what is saved: `torchrun "
+                    "--nproc-per-node N -m bc_plugin refine`, or in one process."
                 )
             stack.enter_context(patched())
             self._run = stack.enter_context(

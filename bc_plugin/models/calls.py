@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .activations import on_disk
 from .arguments import hidden_output, moved
 from .blocks import Blocks
 from .forwards import ReplacedForward
@@ -48,6 +49,7 @@ class BlockCalls:
         calls: How each block is called.
         apart: Whether the batch is kept apart for measuring.
         context: The index of the tokens that the blocks attend to beside their own, if any.
+        on_disk: Whether hidden states are kept in files.
     """
 
     hidden: Tensor
@@ -55,6 +57,11 @@ class BlockCalls:
     calls: list[Call] = field(default_factory=list)
     apart: bool = False
     context: Tensor | None = None
+    on_disk: bool = False
+
+    def kept(self, hidden: Tensor) -> Tensor:
+        """Hidden states as they are kept from one block to the next."""
+        return on_disk(hidden) if self.on_disk else hidden
 
     def run(
         self,

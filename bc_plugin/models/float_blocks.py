@@ -12,15 +12,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .blocks import Blocks
-from .modules import device_of, stop_offloading
-from .offloaded import require_in_memory
+from .modules import device_of, set_tensor, stop_offloading
+from .offloaded import lent, require_in_memory
 
 
 class LiveBlocks:
     """Blocks of a float model that is still there.
 
     Args:
-        model: The float model, on any device, also one that accelerate offloads.
+        model: The float model, on any device, also one that accelerate offloads, or is streamed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,7 +30,8 @@ class LiveBlocks:
     def load(self, name: str, device: torch.device) -> Iterator[nn.Module]:
         """The block called ``name``, on ``device`` while the context lasts."""
         block = self.model.get_submodule(name)
-        yield block if device_of(block) == device else copy.deepcopy(block).to(device)
+        with lent(self.model, name):
+            yield block if device_of(block) == device else copy.deepcopy(block).to(device)
 
 
 def float_blocks_of(model: nn.Module | BlockSnapshot) -> LiveBlocks | BlockSnapshot:
@@ -77,13 +78,7 @@ class BlockSnapshot:
         for key, empty in list(_tensors(block).items()):
             stored = self.files.get((name, key))
             tensor = self.copies[name, key] if stored is None else _read(*stored)
-            tensor = tensor.to(device, empty.dtype)
-            owner, _, leaf = key.rpartition(".")
-            module = block.get_submodule(owner)
-            if leaf in module._parameters:
-                module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-            else:
-                module._buffers[leaf] = tensor
+            set_tensor(block, key, tensor.to(device, empty.dtype))
         yield block.eval()
 
 

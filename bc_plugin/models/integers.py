@@ -20,6 +20,7 @@ from ..errors import BiasCompensationError
 from ..ranks import are_several
 from .modules import stop_offloading, widths_of
 
+AT_ONCE = 2048  # input channels whose columns are asked for in one run
 FORMATS = "GPTQ, AWQ (gemm) and compressed-tensors (pack-quantized)"
 
 
@@ -175,15 +176,18 @@ def overwrite(tensor: Tensor, values: Tensor) -> None:
 
 
 def _integers(path: str, kernel: nn.Module, probes: Tensor, dtype: torch.dtype) -> Tensor:
-    units = torch.eye(probes.shape[1], dtype=dtype, device=probes.device)
-    try:
-        weight = kernel(units).T.float() / probes.float()
-    except Exception as error:
-        raise _refused(path, kernel, f"it cannot be run ({error})") from error
-    whole = weight.round()
-    if not torch.equal(weight, whole):  # nor is NaN
-        raise _refused(path, kernel, "its kernel has repacked them, or multiplies otherwise")
-    return whole.to(torch.int8 if bool(whole.abs().max() <= 127) else torch.int16)
+    found = torch.empty(probes.shape, dtype=torch.int16, device=probes.device)
+    for inputs in torch.arange(probes.shape[1], device=probes.device).split(AT_ONCE):
+        units = torch.zeros(len(inputs), probes.shape[1], dtype=dtype, device=probes.device)
+        units.scatter_(1, inputs[:, None], 1)
+        try:
+            weight = kernel(units).T.float() / probes[:, inputs].float()
+        except Exception as error:
+            raise _refused(path, kernel, f"it cannot be run ({error})") from error
+        found[:, inputs] = whole = weight.round().to(torch.int16)
+        if not torch.equal(weight, whole.float()):  # nor is NaN
+            raise _refused(path, kernel, "its kernel has repacked them, or multiplies otherwise")
+    return found.to(torch.int8) if bool(found.abs().max() <= 127) else found
 
 
 def _refused(path: str, linear: nn.Module, why: str) -> BiasCompensationError:

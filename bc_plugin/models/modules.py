@@ -99,6 +99,18 @@ def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield prefix + name, buffer
 
 
+def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Put a tensor where a parameter or buffer is, by its path; what then stands there."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        tensor = nn.Parameter(tensor.detach(), requires_grad=False)
+        owner._parameters[leaf] = tensor
+    else:
+        owner._buffers[leaf] = tensor
+    return tensor
+
+
 def plain_part(tensor: Tensor) -> Tensor:
     """``tensor``, or the largest tensor within one of TorchAO's, which cannot be reshaped."""
     while type(tensor).__module__.startswith("torchao"):

@@ -1,9 +1,9 @@
-"""Models whose weights accelerate keeps on the CPU or on disk, and lends when they run."""
+"""Models whose weights are kept elsewhere, by accelerate or in files, and lent when they run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,16 +12,33 @@ from ..errors import BiasCompensationError
 from .modules import stored_tensors
 
 
+def lent(model: nn.Module, name: str) -> AbstractContextManager[None]:
+    """While it lasts a block of a streamed model has its weights; any other block has them anyway.
+
+    Args:
+        name: Path of the block.
+    """
+    block = model.get_submodule(name)
+    lend = _lend(block)
+    return nullcontext() if lend is None else lend(block)
+
+
+def _lend(module: nn.Module) -> Callable[[nn.Module], AbstractContextManager[None]] | None:
+    """What lends a module its weights for as long as it is told to; accelerate's hooks do not."""
+    return getattr(getattr(module, "_hf_hook", None), "lend", None)
+
+
 def require_in_memory(model: nn.Module, paths: Iterable[str]) -> None:
-    """Make sure that the weights of parts of a model can be read.
+    """Make sure that the weights of lists of blocks can be read, or are lent.
 
     Raises:
         BiasCompensationError: some are offloaded.
     """
     for path in paths:
-        for name, tensor in stored_tensors(model.get_submodule(path)):
-            if tensor.is_meta:
-                raise _not_in_memory(model, f"{path}.{name}")
+        for block, module in model.get_submodule(path).named_children():
+            for name, tensor in stored_tensors(module):
+                if tensor.is_meta and _lend(module) is None:
+                    raise _not_in_memory(model, f"{path}.{block}.{name}")
 
 
 def stored_value(model: nn.Module, name: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,49 @@ WORD = 32
 PACKED_BITS = 4
 # AWQ's kernels want the columns of each word in this order.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+# What is stored of a linear, by output channel along the second axis but for the last.
+LEAVES = ("qweight", "qzeros", "scales", "g_idx")
+AT_ONCE = 1 << 18  # integers that are unpacked at once: what is made of them fits into caches
 
 
-def packed_linears(tensors: Mapping[str, Tensor]) -> list[str]:
+def packed_linears(tensors: Mapping[str, Any]) -> list[str]:
     """The linears of a checkpoint that are packed, by path."""
     return [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
+
+
+def packed_widths(
+    tensors: Mapping[str, Any], name: str, settings: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Features in and out of a packed linear, whose tensors need but have shapes."""
+    rows, columns = tensors[f"{name}.qweight"].shape
+    if settings["quant_method"] == "awq":
+        return rows, columns * WORD // settings["bits"]
+    return rows * WORD // settings["bits"], columns
+
+
+def channel_parts(
+    tensors: Mapping[str, Tensor], name: str, settings: Mapping[str, Any]
+) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    """A packed linear in parts of some output channels each, so that few are unpacked at once.
+
+    Args:
+        tensors, settings: As ``integers_of`` has them.
+
+    Yields:
+        Which channels, and what is stored of them, as ``integers_of`` takes it.
+    """
+    inputs, outputs = packed_widths(tensors, name, settings)
+    step = max(WORD, AT_ONCE // inputs // WORD * WORD)  # whole words begin and end there
+    for start in range(0, outputs, step):
+        count = min(step, outputs - start)
+        part = {}
+        for leaf in filter(lambda leaf: f"{name}.{leaf}" in tensors, LEAVES):
+            stored = tensors[f"{name}.{leaf}"]
+            if leaf != "g_idx":
+                first, length = (n * stored.shape[1] // outputs for n in (start, count))
+                stored = stored.narrow(1, first, length)
+            part[f"{name}.{leaf}"] = stored
+        yield slice(start, start + count), part
 
 
 def integers_of(
@@ -30,12 +68,12 @@ def integers_of(
 
     Returns:
         The integers, (in_features, out_features); the zero points, (groups, out_features); and the
-        group of each input channel, (in_features,). All are int64.
+        group of each input channel, (in_features,), int64. The others are int32.
     """
     bits, qweight, qzeros = settings["bits"], tensors[f"{name}.qweight"], tensors[f"{name}.qzeros"]
     if settings["quant_method"] == "awq":
         values, zeros = (_in_order(unpack(packed, bits, dim=1)) for packed in (qweight, qzeros))
-        groups = torch.arange(len(values)) // (len(values) // len(zeros))
+        groups = torch.arange(len(values), device=values.device) // (len(values) // len(zeros))
         return values, zeros, groups
     if "gptq_v2" in (settings.get("format"), settings.get("checkpoint_format")):
         zeros = unpack(qzeros, bits, dim=1)
@@ -70,14 +108,20 @@ def _in_order(columns: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
-    """Integers from 32-bit words in which they follow each other along ``dim``; int64."""
-    words = packed.movedim(dim, 0).long() & 0xFFFFFFFF
+    """Integers from 32-bit words in which they follow each other along ``dim``; int32."""
+    words = packed.movedim(dim, 0)
+    ones = [1] * (words.dim() - 1)
+    if WORD % bits == 0:
+        shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=packed.device)
+        values = (words[:, None] >> shifts.view(-1, *ones)) & (2**bits - 1)
+        return values.flatten(0, 1).movedim(0, dim)
+    words = words.long() & 0xFFFFFFFF
     count = words.shape[0] * WORD // bits
-    start = torch.arange(count) * bits
-    word, offset = start // WORD, (start % WORD).view(-1, *[1] * (words.dim() - 1))
+    start = torch.arange(count, device=packed.device) * bits
+    word, offset = start // WORD, (start % WORD).view(-1, *ones)
     following = words[(word + 1).clamp(max=len(words) - 1)]
     both = (words[word] >> offset) | (following << (WORD - offset))
-    return (both & (2**bits - 1)).movedim(0, dim)
+    return (both & (2**bits - 1)).int().movedim(0, dim)
 
 
 def pack(values: Tensor, dim: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,7 +74,7 @@ class _FirstBlock:
 
 
 def record_calls(
-    model: nn.Module, blocks: Blocks, batches: Sequence[Batch], device: torch.device
+    model: nn.Module, blocks: Blocks, batches: Iterable[Batch], device: torch.device
 ) -> Iterable[BlockCalls]:
     """What every block is called with, for each batch, without running the blocks.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 import torch
@@ -17,6 +17,7 @@ from ..models.modules import device_of, dtype_of
 from ..models.predictions import next_token_log_probabilities
 from ..models.record import record_calls, skipped_blocks
 from ..models.tracker import PositionTracker
+from ..ranks import summed
 from ..vectors.compensation import Compensation
 from .config import RefinementConfig
 from .data import RefinementData
@@ -47,9 +48,11 @@ def train_by_block(
     source = float_blocks_of(float_model)
     start = float_model if isinstance(float_model, nn.Module) else model
     with torch.no_grad():
-        stream = list(record_calls(start, blocks, data.batches, device_of(start)))
-    given = [calls.hidden for calls in stream]  # to the quantized blocks
-    unrefined = {number: given[number] for number in data.apart}  # with the old vectors
+        recorded = record_calls(start, blocks, map(data.part, data.parts), device_of(start))
+        stream = dict(zip(data.parts, recorded, strict=True))  # of this rank's parts
+    tokens = {number: int((calls.index >= 0).sum()) for number, calls in stream.items()}
+    given = {number: calls.hidden for number, calls in stream.items()}  # to the quantized blocks
+    unrefined = {n: given[n] for n in data.apart if n in given}  # with the old vectors
     fixed = merged_blocks(model, compensation)
     if "vectors" not in config.train:
         fixed = set(compensation.vectors)
@@ -75,18 +78,16 @@ def train_by_block(
                 with torch.no_grad():
                     unrefined = {n: trainer.run(n, hidden) for n, hidden in unrefined.items()}
                 if sites:
-                    training = Training(
-                        sites, trainer.loss, data.fitted, data.apart, config, progress, name
-                    )
+                    training = Training(sites, trainer.loss, tokens, data, config, progress, name)
                     outcome = training.run(bar)
                     steps = max(steps, outcome.steps)
                     vectors |= outcome.vectors
                     weights |= outcome.weights
                 with torch.no_grad():
-                    given = [trainer.run(number, hidden) for number, hidden in enumerate(given)]
-            for calls, target in zip(stream, targets, strict=True):
-                calls.hidden = target
-    found = {number: given[number] for number in data.apart}
+                    given = {n: trainer.run(n, hidden) for n, hidden in given.items()}
+            for number, target in targets.items():
+                stream[number].hidden = target
+    found = {number: given[number] for number in unrefined}
     before, after = (
         _divergence(start, blocks, data, stream, outputs) for outputs in (unrefined, found)
     )
@@ -100,13 +101,16 @@ def _targets(
     source: LiveBlocks | BlockSnapshot,
     name: str,
     number: int,
-    stream: list[BlockCalls],
+    stream: Mapping[int, BlockCalls],
     device: torch.device,
-) -> list[Tensor]:
-    """What the float block gives, for each sequence."""
+) -> dict[int, Tensor]:
+    """What the float block gives, by batch."""
     with source.load(name, device) as reference:
         dtype = dtype_of(reference)
-        return [calls.run(reference, number, device, dtype, lasting=True) for calls in stream]
+        return {
+            batch: calls.run(reference, number, device, dtype, lasting=True)
+            for batch, calls in stream.items()
+        }
 
 
 class _Block:
@@ -116,9 +120,9 @@ class _Block:
         self,
         block: nn.Module,
         number: int,
-        stream: list[BlockCalls],
-        given: list[Tensor],
-        targets: list[Tensor],
+        stream: Mapping[int, BlockCalls],
+        given: Mapping[int, Tensor],
+        targets: Mapping[int, Tensor],
         dtype: torch.dtype,
         tracker: PositionTracker,
     ) -> None:
@@ -133,15 +137,14 @@ class _Block:
         with self.tracker.during(calls.index):
             return given.run(self.block, self.number, device_of(self.block), self.dtype)
 
-    def loss(self, number: int) -> tuple[Tensor, int]:
-        """Its relative error, and the number of tokens."""
+    def loss(self, number: int) -> Tensor:
+        """Its relative error, summed over tokens."""
         index = self.stream[number].index
-        error = relative_error(self.run(number, self.given[number]), self.targets[number], index)
-        return error, int((index >= 0).sum())
+        return relative_error(self.run(number, self.given[number]), self.targets[number], index)
 
 
 def relative_error(output: Tensor, target: Tensor, index: Tensor) -> Tensor:
-    """Mean over real tokens of the squared error, relative to the squared norm of the target.
+    """Sum over real tokens of the squared error, relative to the squared norm of the target.
 
     Relative, since the norm in front of the next layer takes each token's own magnitude out; the
     attention sink would drown all others otherwise.
@@ -150,7 +153,7 @@ def relative_error(output: Tensor, target: Tensor, index: Tensor) -> Tensor:
     error = (output.float() - target.float()).reshape(-1, features).square().sum(-1)
     size = target.float().reshape(-1, features).square().sum(-1)
     real = index.flatten().to(error.device) >= 0
-    return (error[real] / size[real]).mean()
+    return (error[real] / size[real]).sum()
 
 
 @torch.no_grad()
@@ -158,7 +161,7 @@ def _divergence(
     model: nn.Module,
     blocks: Blocks,
     data: RefinementData,
-    stream: Sequence[BlockCalls],
+    stream: Mapping[int, BlockCalls],
     found: Mapping[int, Tensor],
 ) -> float:
     """Mean KL divergence of next-token distributions, in nats, by what the last block gives.
@@ -170,12 +173,14 @@ def _divergence(
     """
     total, tokens = 0.0, 0
     for number, hidden in found.items():
+        part = data.part(number)
         with skipped_blocks(model, blocks, stream[number].hidden):
-            log_p = next_token_log_probabilities(model, data.batches[number])
+            log_p = next_token_log_probabilities(model, part)
         with skipped_blocks(model, blocks, hidden):
-            log_q = next_token_log_probabilities(model, data.batches[number])
+            log_q = next_token_log_probabilities(model, part)
         total += functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
         tokens += len(log_p)
+    total, tokens = summed([torch.tensor([total, tokens], dtype=torch.float64)])[0].tolist()
     return total / tokens
 
 

@@ -15,6 +15,7 @@ from ..models.calls import twin_of
 from ..models.modules import device_of, dtype_of
 from ..models.predictions import predicting_rows
 from ..models.tracker import PositionTracker, Tracking
+from ..ranks import given_by_first
 from ..vectors.compensation import Compensation
 from .config import RefinementConfig
 from .data import RefinementData
@@ -64,13 +65,14 @@ def train_by_model(
         )
         sites |= stack.enter_context(vectors)
         device = device_of(twin)
+        tokens = {number: len(predicting_rows(data.part(number))) for number in data.parts}
 
-        def loss(number: int) -> tuple[Tensor, int]:
-            batch = {key: value.to(device) for key, value in data.batches[number].items()}
-            rows = predicting_rows(batch)
-            return logits.divergence(number, twin(**batch).logits, rows) / len(rows), len(rows)
+        def loss(number: int) -> Tensor:
+            batch = {key: value.to(device) for key, value in data.part(number).items()}
+            found, before = twin(**batch).logits, len(predicting_rows(data.before(number)))
+            return logits.divergence(number, found, predicting_rows(batch), before)
 
-        training = Training(sites, loss, data.fitted, data.apart, config, progress, "model")
+        training = Training(sites, loss, tokens, data, config, progress, "model")
         with tqdm(total=config.steps, desc="Refining") as bar:
             return training.run(bar)
 
@@ -85,7 +87,8 @@ def _float_logits(
     if isinstance(float_model, FloatLogits):
         return float_model
     if progress.folder is None:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        own = stack.enter_context(tempfile.TemporaryDirectory())
+        folder = Path(given_by_first(own))  # which is there until all have trained
     else:
         folder = progress.float_logits
     source = progress.inputs.get(FLOAT_MODEL)

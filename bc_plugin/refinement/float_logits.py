@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -15,10 +16,13 @@ from tqdm.auto import tqdm
 
 from ..errors import BiasCompensationError
 from ..models.predictions import next_token_log_probabilities
+from ..ranks import place, wait_for_all
 from .checksums import checksum, model_checksum
 from .disk import reading, written_to
 from .divergence import Divergence
 from .embeddings import embeddings_sample
+
+T = TypeVar("T")
 
 FORMAT = "3"  # of the files; those of before are written anew
 BATCHES = "batch-*.safetensors"
@@ -32,7 +36,7 @@ class FloatLogits:
     outcome, which is at most the true one, and equal to it where ``top_k`` is the vocabulary.
 
     Args:
-        folder: Where ``record`` wrote them.
+        folder: Where ``record`` wrote them; one that all ranks see.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -50,6 +54,8 @@ class FloatLogits:
     ) -> FloatLogits:
         """Run the float model on all batches and write what it predicts.
 
+        Ranks take turns with the batches, which all of them are given.
+
         Args:
             batches: ``{"input_ids", "attention_mask"}``, int64 of shape (batch, length).
             folder: A file per batch goes there; those written from the same model for the same
@@ -63,7 +69,7 @@ class FloatLogits:
         found = cls(folder)
         float_model = float_model or model_checksum(model)
         embeddings = embeddings_sample(model)
-        for number, batch in enumerate(tqdm(batches, desc="Float logits", leave=False)):
+        for number, batch in _in_turn(tqdm(batches, desc="Float logits", leave=False)):
             wanted = _origin(batch, top_k) | {"float_model": float_model}
             if found._holds(number, wanted):
                 continue
@@ -73,6 +79,7 @@ class FloatLogits:
             metadata = wanted | {"checksum": checksum(tensors)}
             with written_to(found._path(number)) as part:
                 save_file(tensors, part, metadata=metadata)
+        wait_for_all()
         return found
 
     @property
@@ -92,7 +99,7 @@ class FloatLogits:
             BiasCompensationError: one is missing or damaged, or was recorded for other tokens or
                 masks, or from another model than the first.
         """
-        for number, batch in enumerate(batches):
+        for number, batch in _in_turn(batches):
             wanted = _origin(batch, top_k)
             if number:
                 wanted["float_model"] = self.float_model
@@ -130,17 +137,24 @@ class FloatLogits:
         with self._reading(number), safe_open(self._path(number), "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def divergence(self, number: int, logits: Tensor, rows: Tensor) -> Tensor:
+    def divergence(self, number: int, logits: Tensor, rows: Tensor, first: int = 0) -> Tensor:
         """KL divergence from the float model's distributions, in nats, summed over tokens.
 
         Args:
             number: The batch's place among those recorded.
-            logits: The other model's, (batch, length, vocabulary).
+            logits: The other model's for some sequences of it, (batch, length, vocabulary).
             rows: Of the flattened logits, those that count, int64 (tokens,).
+            first: Tokens that count in the sequences before.
         """
-        tensors = self._read(number)
-        log_p, index = tensors["log_p"].to(logits.device), tensors["index"].to(logits.device)
+        kept, part = self._read(number), slice(first, first + len(rows))
+        log_p, index = (kept[name][part].to(logits.device) for name in ("log_p", "index"))
         return Divergence.apply(logits, rows.to(logits.device), log_p, index.long())
+
+
+def _in_turn(batches: Iterable[T]) -> Iterator[tuple[int, T]]:
+    """This rank's batches, with their numbers."""
+    rank, ranks = place()
+    return islice(enumerate(batches), rank, None, ranks)
 
 
 def _origin(batch: Mapping[str, Any], top_k: int | None) -> dict[str, str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BiasCompensationError
+from ..ranks import given_by_first, is_first
 from .checksums import checksum
 from .disk import reading, written_to
 from .float_logits import BATCHES
@@ -24,6 +25,8 @@ FLOAT_MODEL = "float model"  # its name among the inputs
 
 class Progress:
     """What a run has reached, on disk, for when it is stopped.
+
+    Of several ranks the first reads and writes, and tells the others.
 
     Args:
         folder: Where to keep it; None to keep nothing.
@@ -44,7 +47,7 @@ class Progress:
         identity = {"settings": dict(settings or {}), "inputs": self.inputs}
         identity = json.loads(json.dumps(identity))  # as it is read again
         self.run = checksum([VERSION, identity])
-        if folder is not None:
+        if folder is not None and is_first():
             _require_same_run(folder, identity)
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -53,6 +56,9 @@ class Progress:
         Raises:
             BiasCompensationError: it is damaged, or another run's.
         """
+        return given_by_first(self._read(name) if is_first() else None)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
         if self.folder is None:
             return None
         path = self._path(name)
@@ -68,7 +74,7 @@ class Progress:
 
     def write(self, name: str, state: dict[str, Any]) -> None:
         """Keep a state, in place of the last one under this name."""
-        if self.folder is None:
+        if self.folder is None or not is_first():
             return
         kept = {"run": self.run, "state": state, "checksum": checksum([self.run, state])}
         with written_to(self._path(name)) as part:

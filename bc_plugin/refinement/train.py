@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import BiasCompensationError
+from ..ranks import are_several, summed
 from .config import RefinementConfig
+from .data import RefinementData
 from .parameters import Trained
 from .progress import Progress
 
-Loss = Callable[[int], tuple[Tensor, int]]
+Loss = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,15 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
 class Training:
     """Training of some sites' vectors, and of scales and norms.
 
+    The same on every rank: each works on its part of a batch, and gradients and losses are those of
+    the whole.
+
     Args:
         sites: Those in place, by name; the ones whose ``step`` requires a gradient are trained.
-        loss: Gives, for the number of a batch, the mean loss and the number of tokens.
-        fitted: Numbers of the batches that are trained on.
-        apart: Numbers of the batches that decide what is kept.
+        loss: Gives, for the number of a batch, the loss of this rank's part, summed over tokens.
+        tokens: By number of a batch, how many these are; without the batches of which this rank
+            has no part.
+        data: Which batches are trained on, and which decide what is kept.
         config: How.
         progress: Where a stopped run goes on from.
         name: This training's name there.
@@ -62,14 +68,16 @@ class Training:
         self,
         sites: Mapping[str, Trained],
         loss: Loss,
-        fitted: Sequence[int],
-        apart: Sequence[int],
+        tokens: Mapping[int, int],
+        data: RefinementData,
         config: RefinementConfig,
         progress: Progress,
         name: str,
     ) -> None:
         self.sites, self.loss, self.config = sites, loss, config
-        self.fitted, self.apart = fitted, apart
+        self.fitted, self.apart, self.own = data.fitted, data.apart, set(tokens)
+        own = torch.tensor([tokens.get(number, 0) for number in range(len(data.batches))])
+        self.tokens: list[int] = summed([own])[0].tolist()
         self.progress, self.name = progress, name
         # In an order of their own: a compensation that was saved and loaded has another.
         self.steps = {n: s.step for n, s in sorted(sites.items()) if s.step.requires_grad}
@@ -145,12 +153,13 @@ class Training:
 
     def _step(self, step: int) -> float:
         batches = self._batches(step)
-        total = 0.0
-        for number in batches:
+        total = torch.zeros((), dtype=torch.float64)
+        for number in filter(self.own.__contains__, batches):
             with torch.autocast(self.device, torch.bfloat16, self.config.mixed_precision == "bf16"):
-                loss = self.loss(number)[0] / len(batches)
+                loss = self.loss(number) / (self.tokens[number] * len(batches))
             loss.backward()
             total += loss.item()
+        total = self._of_all_ranks(total)
         if not math.isfinite(total):
             raise BiasCompensationError(
                 f"the loss is not finite at step {step}; use a smaller learning_rate."
@@ -162,12 +171,19 @@ class Training:
         self.optimizer.zero_grad()
         return total
 
+    def _of_all_ranks(self, loss: Tensor) -> float:
+        """The loss of a step over all ranks; gradients become those of all, too."""
+        if are_several():
+            steps = list(self.steps.values())
+            own = [torch.zeros_like(s) if s.grad is None else s.grad for s in steps]
+            loss, *gradients = summed([loss, *own])
+            for step, gradient in zip(steps, gradients, strict=True):
+                step.grad = gradient
+        return loss.item()
+
     @torch.no_grad()
     def evaluate(self) -> float:
         """The held-out loss, a mean over tokens."""
-        total, tokens = 0.0, 0
-        for number in self.apart:
-            loss, count = self.loss(number)
-            total += loss.item() * count
-            tokens += count
-        return total / tokens
+        own = [self.loss(number).double().cpu() for number in self.apart if number in self.own]
+        (total,) = summed([sum(own, torch.zeros((), dtype=torch.float64))])
+        return total.item() / sum(self.tokens[number] for number in self.apart)

@@ -13,12 +13,12 @@ from ..models.calls import BlockCalls
 from ..models.modules import device_of, dtype_of, gives_features
 from ..models.positions import site_index, vector_rows
 from ..models.rows import sums
-from ..ranks import add_up, are_several, gathered, require_same
+from ..ranks import add_up, are_several, gathered
 from .rescaling import Rescaling
 
 OTHER_INPUTS = (
-    "{}: the ranks' calibration data does not reach the same linears, or gives other ones the same "
-    "inputs, so scales cannot be fitted; give each rank a share of data of one kind."
+    "{}: what goes into one linear on one rank goes into several on another, so scales cannot be "
+    "fitted; give each rank a share of data of one kind."
 )
 
 
@@ -74,10 +74,12 @@ class InputCovariance:
 
     def add_up(self) -> None:
         """Make the sums those over all ranks, each of which has estimated for itself."""
-        estimates = gathered(self.estimate.cpu().double())
-        common = torch.stack(estimates).mean(0).to(self.estimate.device)
-        for moments in self.moments:
-            moments.move(common - self.estimate)
+        own = self.estimate
+        estimates = gathered(None if own is None else own.cpu().double())
+        common = torch.stack([each for each in estimates if each is not None]).mean(0)
+        if own is not None:
+            for moments in self.moments:
+                moments.move((common - own.cpu()).to(own.device))
         self.estimate = common
         add_up(*self.moments)
 
@@ -154,11 +156,23 @@ def input_covariances(
             # Not lasting: the block is run again on the same calls.
             current.run(reference, number, device_of(reference), dtype_of(reference))
     if are_several():
-        require_same(leaders, OTHER_INPUTS.format(name))
+        leaders = _agreed(gathered(leaders), name)
+        for path in leaders.values():
+            found.setdefault(path, InputCovariance())  # on this rank nothing came to it
         for path, leader in leaders.items():
+            found[path] = found[leader]
             if path == leader:
                 found[path].add_up()
     return found
+
+
+def _agreed(leaders: Sequence[dict[str, str]], name: str) -> dict[str, str]:
+    """By path, whose inputs a linear is given, from what the ranks have found."""
+    agreed: dict[str, str] = {}
+    for found in leaders:
+        if any(agreed.setdefault(path, leader) != leader for path, leader in found.items()):
+            raise BiasCompensationError(OTHER_INPUTS.format(name))
+    return agreed
 
 
 def _alike(rescaling: Rescaling, one: str, other: str) -> bool:

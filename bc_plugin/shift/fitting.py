@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..errors import BiasCompensationError
 from ..models.calls import BlockCalls
-from ..models.integers import IntegerWeight, integer_weights
+from ..models.integers import integer_weights, overwrite
 from ..models.mixers import convolved_linears
 from ..ranks import wait_for_all
 from ..vectors.weights import forget_floats
@@ -29,13 +29,13 @@ class FittedScales:
         wanted: Whether scales are to be fitted at all.
 
     Attributes:
-        before: By linear with new ones, what it consists of, and the scales that it had.
+        before: By linear with new ones, the toolkit's own scales, and what they were.
         left: The linears that keep their scales, since their held-out error would rise.
     """
 
     def __init__(self, copy_to_run: Callable[[nn.Module], nn.Module], wanted: bool) -> None:
         self.copy_to_run, self.wanted = copy_to_run, wanted
-        self.before: dict[str, tuple[IntegerWeight, Tensor]] = {}
+        self.before: dict[str, tuple[Tensor, Tensor]] = {}
         self.left: list[str] = []
 
     def __enter__(self) -> FittedScales:
@@ -88,7 +88,8 @@ class FittedScales:
             if scales is None:
                 self.left.append(f"{name}.{path}")
                 continue
-            self.before[f"{name}.{path}"] = weights[path], weights[path].scales
+            stored = weights[path].stored
+            self.before[f"{name}.{path}"] = stored, stored.clone()
             fitted[path] = scales
         wait_for_all()  # ranks may share the tensors, and some still read them
         for path, scales in fitted.items():
@@ -113,8 +114,7 @@ class FittedScales:
     def undo(self, inside: str = "") -> None:
         """Set the scales back, of one block or of all."""
         for name in [name for name in self.before if name.startswith(inside)]:
-            weight, scales = self.before.pop(name)
-            weight.write(scales)
+            overwrite(*self.before.pop(name))
 
 
 def _target(linear: nn.Module, moved: Tensor | None) -> Tensor:

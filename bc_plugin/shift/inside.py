@@ -60,8 +60,9 @@ def measure_linears(
     outputs = []
     with alongside(reference, modules, prepare, compare):
         for current in stream:
-            outputs.append(current.run(reference, number, device, float_dtype, lasting=True))
-            check_finite(outputs[-1], name, "float")
+            output = current.run(reference, number, device, float_dtype, lasting=True)
+            check_finite(output, name, "float")
+            outputs.append(current.kept(output))
     return list(sites.values()), outputs
 
 
@@ -83,15 +84,16 @@ def measure_block(
         references: What the float block gives, one for each call.
     """
     site, tracker = Site(name, "block", positions), PositionTracker(positions)
+    device = device_of(quantized)
     with ExitStack() as attached:
         for path, own in vectors.items():
             linear = AttachedSite(quantized.get_submodule(path), own, tracker, dtype)
             attached.callback(linear.detach)
         for calls, reference in zip(stream, references, strict=True):
             with tracker.during(calls.index):
-                output = calls.run(quantized, number, reference.device, dtype)
+                output = calls.run(quantized, number, device, dtype)
             check_finite(output, name, "quantized")
-            site.update(calls, reference, output)
+            site.update(calls, reference.to(output.device), output)
     return site
 
 

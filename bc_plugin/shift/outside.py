@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import BiasCompensationError
 from ..models.calls import Batch, call_model
 from ..models.modules import alongside, device_of
+from ..ranks import gathered
 from .statistics import Site
 
 
@@ -45,7 +46,7 @@ def measure_outside(
         dtype: The type the quantized model computes in.
 
     Returns:
-        Those sites that the calibration data reaches.
+        Those sites that the calibration data reaches, on this rank or on another.
 
     Raises:
         BiasCompensationError: each patch should have a vector, but images differ in size.
@@ -77,4 +78,7 @@ def measure_outside(
         for now_apart, batches in ((False, fitted), (True, apart)):  # noqa: B007, compare reads it
             for batch in batches:
                 call_model(float_model, batch, device_of(float_model))
-    return sites
+    for reached in gathered({name: site.positions for name, site in sites.items()}):
+        for name, positions in reached.items():
+            sites.setdefault(name, Site(name, kinds[name], positions))
+    return {name: sites[name] for name in kinds if name in sites}

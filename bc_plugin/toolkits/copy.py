@@ -1,27 +1,33 @@
 """A quantized checkpoint's own files with vectors beside its weights.
 
-Nothing of it goes through a loaded model, whose kernels may have repacked the weights.
+Nothing of it goes through a loaded model, whose kernels may have repacked the weights. What stays
+as it is goes from file to file; in memory are the vectors, and one tensor at a time.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..models.offloaded import stored_value
 from ..names import KEY, SUFFIX
-from ..vectors.checkpoint import INDEX, SINGLE, checkpoint_files, other_files, tensors_in
+from ..vectors.checkpoint import INDEX, SINGLE, checkpoint_files, other_files
 from ..vectors.compensation import Compensation
+from ..vectors.lazy import LazyTensor, tensors_in
 from ..vectors.merge import OWN_BIAS
 from ..vectors.settings import read_json
+from ..vectors.splice import write_tensors
 from ..vectors.written import write_entry
 
+FORMAT = {"format": "pt"}
 VECTORS = "model-bias_compensation.safetensors"  # beside a checkpoint of several files
 
 
@@ -39,7 +45,7 @@ def copy_compensated(source: Path, out: Path, compensation: Compensation, model:
         BiasCompensationError: the checkpoint is damaged.
     """
     files = checkpoint_files(source)
-    vectors = {name + SUFFIX: v.contiguous().cpu() for name, v in compensation.vectors.items()}
+    vectors = {name + SUFFIX: LazyTensor.of(v) for name, v in compensation.vectors.items()}
     fitted = model if compensation.scales else None
     if len(files) == 1:
         name = files[0].name if files[0].suffix == ".safetensors" else SINGLE
@@ -55,20 +61,22 @@ def _write_several(
     source: Path,
     files: list[Path],
     out: Path,
-    vectors: dict[str, Tensor],
+    vectors: dict[str, LazyTensor],
     fitted: nn.Module | None,
 ) -> None:
     places = {}
     for file in files:
-        names = [key for key, _ in tensors_in(file, vectors=False)]
+        names = tensors_in(file, vectors=False)
         name = f"{file.stem}.safetensors"
         as_it_is = fitted is None and file.suffix == ".safetensors"
-        if names and as_it_is and not any(tensors_in(file, vectors=True)):
+        if names and as_it_is and not tensors_in(file, vectors=True):
+            # No hard link: it would share owner and mode, and whoever writes over a shard of one
+            # checkpoint in place would damage the other.
             shutil.copy(file, out / name)
         elif names:
             _write(file, out / name, {}, fitted)
         places |= dict.fromkeys(names, name)
-    save_file(vectors, out / VECTORS, metadata={"format": "pt"})
+    write_tensors(out / VECTORS, vectors, FORMAT)
     places |= dict.fromkeys(vectors, VECTORS)
     found = sorted(source.glob("*.index.json"))
     about = read_json(found[0]).get("metadata", {}) if found else {}
@@ -76,17 +84,20 @@ def _write_several(
     (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write(source: Path, file: Path, vectors: dict[str, Tensor], fitted: nn.Module | None) -> None:
-    tensors = {key: _now(fitted, key, t) for key, t in tensors_in(source, vectors=False)}
-    metadata = {"format": "pt"}
+def _write(
+    source: Path, file: Path, vectors: dict[str, LazyTensor], fitted: nn.Module | None
+) -> None:
+    tensors = tensors_in(source, vectors=False)
+    metadata = dict(FORMAT)
     if source.suffix == ".safetensors":
         with safe_open(source, "pt") as opened:
             metadata |= opened.metadata() or {}
     metadata.pop(KEY, None)
-    save_file({**tensors, **vectors}, file, metadata=metadata)
+    now = {key: _now(fitted, key, tensor) for key, tensor in tensors.items()}
+    write_tensors(file, {**now, **vectors}, metadata)
 
 
-def _now(model: nn.Module | None, key: str, stored: Tensor) -> Tensor:
+def _now(model: nn.Module | None, key: str, stored: LazyTensor) -> LazyTensor:
     """A tensor of the files, or what has become of a scale or a norm since it was loaded."""
     path, _, leaf = key.rpartition(".")
     owner = None
@@ -95,9 +106,19 @@ def _now(model: nn.Module | None, key: str, stored: Tensor) -> Tensor:
     if leaf == "bias" and hasattr(owner, OWN_BIAS):
         leaf = OWN_BIAS  # a vector is merged into the other one
     loaded = getattr(owner, leaf, None)
-    if not stored.is_floating_point():
-        return stored.contiguous()
-    same_kind = isinstance(loaded, Tensor) and not loaded.is_meta and loaded.shape == stored.shape
-    if not same_kind or torch.equal(stored.to(loaded.dtype), loaded.detach().cpu()):
-        return stored.contiguous()
-    return loaded.detach().cpu().to(stored.dtype).contiguous()
+    same_kind = isinstance(loaded, Tensor) and loaded.shape == stored.shape
+    if not same_kind or not stored.dtype.is_floating_point:
+        return stored
+    streamed = partial(stored_value, model, key)
+    return LazyTensor(
+        stored.dtype,
+        stored.shape,
+        partial(_changed, stored, streamed if loaded.is_meta else loaded.detach),
+    )
+
+
+def _changed(stored: LazyTensor, value: Callable[[], Tensor]) -> Tensor:
+    """What is loaded, in the type of the file; what has not changed, to the bit."""
+    before, loaded = stored.read(), value()
+    same = torch.equal(before.to(loaded.dtype), loaded.cpu())
+    return before if same else loaded.to(before.dtype)

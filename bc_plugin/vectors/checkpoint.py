@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import BiasCompensationError
 from ..names import FILE, FILES_DIGEST, KEY, SETTINGS_DIGEST, SUFFIX
-from .fingerprint import fingerprint
+from .lazy import reading, tensors_in
 from .settings import read_json, require_settings, settings_digest
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -91,7 +90,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         BiasCompensationError: it is damaged.
     """
-    with _reading(path), safe_open(path, "pt") as file:
+    with reading(path), safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get(KEY)
         return {} if text is None else {KEY: json.loads(text)}
 
@@ -111,36 +110,6 @@ def named(files: Iterable[str | Path]) -> str:
     return f"{first} to {rest[-1].name}" if rest else str(first)
 
 
-@contextmanager
-def _reading(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
-        raise BiasCompensationError(
-            f"{path} cannot be read ({str(error) or type(error).__name__}); it is damaged, or not "
-            "all of it was written: download or save the checkpoint again."
-        ) from error
-
-
-def tensors_in(path: str | Path, vectors: bool) -> Iterator[tuple[str, Tensor]]:
-    """The compensation tensors of a file, or all but those, one after the other.
-
-    Raises:
-        BiasCompensationError: the file is damaged.
-    """
-    with _reading(path):
-        if str(path).endswith(".safetensors"):
-            with safe_open(path, "pt") as file:
-                for key in sorted(file.keys()):
-                    if key.endswith(SUFFIX) == vectors:
-                        yield key, file.get_tensor(key)
-        elif str(path).endswith(".bin"):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            for key, tensor in sorted(state.items()):
-                if key.endswith(SUFFIX) == vectors and isinstance(tensor, Tensor):
-                    yield key, tensor.clone() if vectors else tensor
-
-
 def read_vectors(files: Iterable[str | Path]) -> dict[str, Tensor]:
     """The compensation tensors in a checkpoint's files, by site name.
 
@@ -149,14 +118,14 @@ def read_vectors(files: Iterable[str | Path]) -> dict[str, Tensor]:
     """
     vectors: dict[str, Tensor] = {}
     for path in files:
-        for key, tensor in tensors_in(path, vectors=True):
+        for key, tensor in tensors_in(path, vectors=True).items():
             name = key.removesuffix(SUFFIX)
             if name in vectors:
                 raise BiasCompensationError(
                     f"{path} has {key} a second time; another file of the checkpoint has it, too. "
                     "Download or save the checkpoint again."
                 )
-            vectors[name] = tensor
+            vectors[name] = tensor.read()
     return vectors
 
 
@@ -170,9 +139,9 @@ def files_digest(files: Iterable[str | Path]) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     found = {
-        key: f"{key} {tensor.dtype} {tuple(tensor.shape)} {fingerprint(tensor)}"
+        key: f"{key} {tensor.dtype} {tuple(tensor.shape)} {tensor.fingerprint()}"
         for path in files
-        for key, tensor in tensors_in(path, vectors=False)
+        for key, tensor in tensors_in(path, vectors=False).items()
     }
     for _, text in sorted(found.items()):
         digest.update(text.encode())

@@ -18,17 +18,28 @@ WORD, ROW, ROWS = 8, 1 << 14, 16  # bytes of a word, words of a row, rows at onc
 _MULTIPLIER = -7046029254386353131  # 2**64 over the golden ratio, as a signed number
 
 
+PART = ROWS * ROW * WORD
+
+
 def fingerprint(tensor: Tensor) -> int:
     """The same for the same bytes on every device; shape and type are not part of it."""
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    columns = _odd_numbers(0, ROW, data.device)
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
-    size = ROWS * ROW * WORD
-    for number, start in enumerate(range(0, len(data), size)):
-        part = data[start : start + size]
+    return fingerprint_of_parts(data.split(PART), data.device)
+
+
+def fingerprint_of_parts(parts: Iterable[Tensor], device: torch.device | str = "cpu") -> int:
+    """The ``fingerprint`` of what comes in parts.
+
+    Args:
+        parts: uint8, on the device; ``PART`` bytes each, but for the last.
+        device: Where they are.
+    """
+    columns = _odd_numbers(0, ROW, device)
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for number, part in enumerate(parts):
         padded = functional.pad(part, (0, -len(part) % (ROW * WORD)))  # a copy, so it is aligned
         words = padded.view(torch.int64).view(-1, ROW)
-        rows = _odd_numbers(ROW + number * ROWS, len(words), data.device)
+        rows = _odd_numbers(ROW + number * ROWS, len(words), device)
         total += ((words * columns).sum(-1) * rows).sum()
     return int(total)
 

@@ -110,14 +110,13 @@ def _blocks(model: nn.Module, lists: list[str]) -> Iterator[str]:
 
 
 def _exact(model: nn.Module, path: str) -> str:
-    weights = _exact_tensors(model.get_submodule(path))
-    values = {
-        name: plain_part(stored_value(model, f"{path}.{stored}"))
-        for name, (stored, _) in weights.items()
+    weights = {
+        name: (f"{path}.{stored}", tensor)
+        for name, (stored, tensor) in _exact_tensors(model.get_submodule(path)).items()
     }
-    return "".join(
-        f"{name} {tuple(weights[name][1].shape)} {fingerprint(values[name])}"
-        for name in sorted(weights)
+    return "".join(  # one at a time: those of a streamed model are read for it
+        f"{name} {tuple(tensor.shape)} {fingerprint(plain_part(stored_value(model, place)))}"
+        for name, (place, tensor) in sorted(weights.items())
     )
 
 

@@ -24,8 +24,9 @@ from bc_plugin.calibration.batches import rebatch
 
 FOLDER = CACHE / "comparison"
 GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 64, 32, 512, 12
-# What is trained sees more text than what is computed: 64 steps of 2,048 tokens, each seen twice.
-REFINED_SAMPLES, STEPS = 128, 64
+# What is trained sees more text than what is computed: 64 steps of 2,048 tokens, each seen once, as
+# it is soon learned by heart.
+REFINED_SAMPLES, STEPS = 256, 64
 TOGETHER = 4  # sequences in a batch, so that kernels unpack their weights less often
 REFINEMENT = {"steps": STEPS, "evaluate_every": 16, "held_out": 1 / 32}
 

@@ -79,7 +79,7 @@ def measure_pass(
         compensated = measured(
             compensating(folder, out, tokens, dtype), log.with_suffix(".compensate.log")
         )
-        arguments = ["export", out, folder / "plain", "--for", "vllm"]
+        arguments = ["export", out, folder / "plain", "--for", "vllm", "--no-verify"]
         exported = measured(arguments, log.with_suffix(".export.log"))
         assert Compensation.load(out).nbytes == plan.vectors
     return {

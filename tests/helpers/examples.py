@@ -82,6 +82,12 @@ def _bc_plugin(arguments: Sequence[str]) -> None:
     commands[name].make_context(name, rest)  # parses, and runs nothing
 
 
+def _torchrun(arguments: Sequence[str]) -> None:
+    module = arguments.index("-m")
+    assert arguments[module + 1] == "bc_plugin"
+    _bc_plugin(arguments[module + 2 :])
+
+
 def _make(arguments: Sequence[str]) -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^([\w-]+):", makefile, re.MULTILINE)
@@ -118,6 +124,7 @@ def _llama_server(arguments: Sequence[str]) -> None:
 
 CHECKS = {
     "bc-plugin": _bc_plugin,
+    "torchrun": _torchrun,
     "make": _make,
     "python": _python,
     "pip": _pip,

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["transformers.models.llama.modeling_llama", "bc_plugin"])
+PROCESSES.set_forkserver_preload(
+    ["transformers.models.llama.modeling_llama", "bc_plugin.compensate", "bc_plugin.refine"]
+)
 KILLED = -signal.SIGKILL
 
 
@@ -25,17 +27,32 @@ def in_a_new_process(function: Callable[..., Any], *args: Any) -> int:
     return process.exitcode
 
 
-def kill_at(owner: Any, name: str, call: int = 1, after: bool = False) -> None:
-    """Have this process killed by the ``call``-th call of a function, before it or after it."""
+def kill_this() -> None:
+    """Have this process killed."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at(
+    owner: Any,
+    name: str,
+    call: int = 1,
+    after: bool = False,
+    kill: Callable[[], None] = kill_this,
+) -> None:
+    """Have this process killed by the ``call``-th call of a function, before it or after it.
+
+    Args:
+        kill: Kills it, and maybe others.
+    """
     function, calls = getattr(owner, name), itertools.count(1)
 
     def killing(*args: Any, **kwargs: Any) -> Any:
         last = next(calls) == call
         if last and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill()
         result = function(*args, **kwargs)
         if last:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill()
         return result
 
     setattr(owner, name, killing)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from bc_plugin import Compensation
 
-REFUSED = {"refined": "training works in one process", "not shared": "are not the same"}
+REFUSED = {"refined": "refine what is saved", "not shared": "are not the same"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,74 @@
+"""Checkpoints of GPTQModel that ``bc-plugin compensate`` reads block by block."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytest.importorskip("gptqmodel", reason="needs the gptq extra")
+
+from rig.quantizers import with_gptqmodel
+from rig.subjects.tiny import logits, sequences, tiny_inputs
+from transformers import AutoModelForCausalLM
+
+import bc_plugin
+from bc_plugin import Compensation
+from bc_plugin.cli import app
+from bc_plugin.streaming import load
+from bc_plugin.toolkits.load import keeping_weights
+from bc_plugin.vectors.weights import weights_of
+
+SETTINGS = {
+    "gptq-3": {"bits": 3, "group_size": 32, "desc_act": False},
+    "gptq-4": {"bits": 4, "group_size": 32, "desc_act": True, "act_group_aware": False},
+    "awq": {"bits": 4, "group_size": 32, "method": "awq", "format": "gemm"},
+}
+# How far logits may be off, relative to their norm. The whole model's kernel is the one that
+# transformers chooses: of 3 bits it multiplies as we do, of 4 bits PyTorch's, in bfloat16.
+OFF = {"gptq-3": 1e-6, "gptq-4": 0.05, "awq": 0.05}
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def quantized(request, tmp_path_factory):
+    """Which format, and a folder with a float model, its text, and a quantized checkpoint."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_inputs(folder, 12)
+    settings = SETTINGS[request.param]
+    qmodel = with_gptqmodel.quantize(str(folder / "float"), sequences(), None, settings)
+    with_gptqmodel.save(qmodel, folder / "quantized")
+    return request.param, folder
+
+
+@pytest.mark.parametrize("scales", [(), ("--scales",)])
+def test_a_streamed_pass_gives_the_checkpoint_of_a_loaded_one(
+    quantized, tmp_path, monkeypatch, enabled, scales
+):
+    kind, folder = quantized
+    if scales and kind != "gptq-3":
+        pytest.skip("the loaded model's kernel has repacked its scales")
+
+    def compensated(out):
+        arguments = ("compensate", folder / "quantized", folder / "float", out, *scales)
+        data = ("--dataset", folder / "text.txt", "--length", 24, "--dtype", "float32")
+        CliRunner().invoke(app, [str(a) for a in (*arguments, *data)], catch_exceptions=False)
+        bc_plugin.enable()
+        return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+
+    def unknown(folder, *_, **__):
+        raise load.CannotStream(folder, "not now")
+
+    found = logits(compensated(tmp_path / "streamed"))
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "open_streamed", unknown)
+        expected = logits(compensated(tmp_path / "whole"))
+    assert (found - expected).norm() < OFF[kind] * expected.norm()
+    one, other = (Compensation.load(tmp_path / name) for name in ("streamed", "whole"))
+    assert one.digest == other.digest and one.vectors.keys() == other.vectors.keys()
+    assert one.scales == other.scales == bool(scales)
+
+
+def test_digests_are_those_of_the_toolkits_loader(quantized, enabled):
+    folder = quantized[1] / "quantized"
+    with keeping_weights():
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    paths = ["model.layers"]
+    assert weights_of(load.open_streamed(folder), paths) == weights_of(loaded, paths)
