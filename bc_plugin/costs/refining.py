@@ -16,29 +16,49 @@ STATE = 4  # of those on disk: the moments, now and best
 RECORDED = 8  # bytes of a recorded prediction: float32, and the token's number in 32 bits
 
 
-def kept_of_block(block: Block, hidden: int, itemsize: int) -> int:
+def kept_of_block(block: Block, hidden: int, itemsize: int, scales: bool = False) -> int:
     """Bytes per token that a block keeps for the backward pass, its weights having no gradients.
 
     ``itemsize * (sum of out + sum of in, of the linears that close a part of it)``: what comes out
     of a linear goes into a norm, a product or a nonlinearity, each of which keeps it, and what goes
     into a closing one came from such. In half precision the two norms keep theirs in float32.
+    Linears whose scales are trained keep their inputs: beside the closing ones', the two norms'.
     """
     outputs = sum(linear.outputs * linear.count * linear.share for linear in block.linears)
     inputs = sum(linear.inputs * linear.share for linear in block.linears if linear.closes)
     widened = 2 * hidden * max(0, WIDE - itemsize)
+    inputs += 2 * hidden if scales else 0
     return round(itemsize * (outputs + inputs)) + widened
 
 
-def kept_activations(shapes: Shapes, tokens: int, itemsize: int, checkpointing: bool) -> int:
+def kept_activations(
+    shapes: Shapes, tokens: int, itemsize: int, checkpointing: bool, scales: bool = False
+) -> int:
     """``tokens`` times the sum over all blocks of what each keeps.
 
     With gradient checkpointing: what goes into every block, ``blocks * hidden * itemsize``, and
     what the largest block keeps while it is run again.
     """
-    kept = [kept_of_block(block, shapes.hidden, itemsize) for block in shapes.blocks]
+    kept = [kept_of_block(block, shapes.hidden, itemsize, scales) for block in shapes.blocks]
     if checkpointing:
         return tokens * (len(kept) * shapes.hidden * itemsize + max(kept))
     return tokens * sum(kept)
+
+
+def gradients_of_block(shapes: Shapes, tokens: int, itemsize: int) -> int:
+    """``3 * tokens * out * itemsize`` of the widest linear: a gated product's and its factors'."""
+    widest = max(linear.outputs for block in shapes.blocks for linear in block.linears)
+    return 3 * tokens * widest * itemsize
+
+
+def weight_through_kernel(shapes: Shapes, itemsize: int) -> int:
+    """``in * (in + 2 * out) * itemsize`` of the linear where that is most.
+
+    A kernel without a backward pass is asked for its weight then, by unit vectors; one that has
+    one needs less.
+    """
+    linears = (linear for block in shapes.blocks for linear in block.linears)
+    return max(each.inputs * (each.inputs + 2 * each.outputs) for each in linears) * itemsize
 
 
 def logits_and_gradient(shapes: Shapes, tokens: int) -> int:
@@ -87,10 +107,12 @@ def refinement_memory(
         tokens: Of a batch.
         values: Number of values that are trained.
     """
-    checkpointing = settings.gradient_checkpointing
+    kept = settings.gradient_checkpointing, "scales" in settings.train
     found = {
         "packed model": packed_model(shapes, bits, group_size, itemsize),
-        "activations": kept_activations(shapes, tokens, itemsize, checkpointing),
+        "activations": kept_activations(shapes, tokens, itemsize, *kept),
+        "gradients": gradients_of_block(shapes, tokens, itemsize),
+        "unpacked weight": weight_through_kernel(shapes, itemsize),
         "logits": logits_and_gradient(shapes, tokens),
         "optimizer": optimizer_state(values),
     }

@@ -23,7 +23,7 @@ from scale_parts import FOLDER, LENGTH, measure_pass, measure_ranks
 
 PARTS = ("layers", "tokens", "70b", "ranks", "kills")
 MEMORY = ("float block", "quantized block", "activations", "intermediates")
-CONSOLE = Console(width=150)
+CONSOLE = Console(width=170)
 
 
 def keep(name: str, again: bool, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -113,6 +113,9 @@ def _killed(
     process = _started(arguments, ranks)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(after)
+    if process.poll() is not None:  # faster than the run that was timed: another moment
+        _clear(arguments)
+        return _killed(arguments, ranks, 0.7 * after, whole, expected)
     family = _family(process.pid)
     members = [each for each in family if each.pid != process.pid] or family
     _kill(family if whole else members[-1:])

@@ -91,8 +91,11 @@ def test_memory_of_refinement(shapes):
     assert values == vectors + scales + 3 * NORMS + 32
     found = refining.refinement_memory(shapes, settings, 4, 16, 4, tokens=32, values=values)
     kept = 4 * (OUTPUTS + 32 + 48)
-    assert found["activations"] == 32 * 3 * kept
+    assert found["activations"] == 32 * 3 * (kept + 4 * 2 * 32)
+    assert refining.kept_activations(shapes, 32, 4, False) == 32 * 3 * kept
+    assert found["gradients"] == 3 * 32 * 48 * 4
     assert refining.kept_activations(shapes, 32, 4, True) == 32 * (3 * 32 * 4 + kept)
+    assert found["unpacked weight"] == 48 * (48 + 2 * 32) * 4
     assert found["logits"] == 2 * 32 * 96 * 4
     assert found["optimizer"] == 7 * 4 * values
     assert found["integers"] == 3 * WEIGHTS

