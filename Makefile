@@ -10,7 +10,8 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: setup setup-legacy setup-vllm setup-llmcompressor setup-llama-cpp demo test test-current \
-	test-legacy test-reliability test-vllm test-llmcompressor test-autoround test-llama-cpp test-gpu lint benchmark benchmark-toolkits benchmark-serving \
+	test-legacy test-reliability test-vllm test-llmcompressor test-autoround test-llama-cpp test-gpu test-memory lint \
+	benchmark benchmark-toolkits benchmark-serving \
 	benchmark-comparison benchmark-rates benchmark-gguf benchmark-vision benchmark-architectures benchmark-threads benchmark-scale dist clean
 
 setup: $(VENV)/.ready
@@ -130,6 +131,10 @@ test-llama-cpp: setup setup-llama-cpp
 # What a CPU cannot show: the toolkits' CUDA kernels, synchronization, CUDA graphs. Skipped without a GPU.
 test-gpu: setup
 	$(BIN)/python -m pytest integration/tests/gpu -rs $(ARGS)
+
+# What a plan says of memory, beside what commands hold; minutes, and nothing else may run.
+test-memory: setup
+	TEST_MEMORY=1 $(BIN)/python -m pytest integration/tests/test_plan_memory.py
 
 lint: setup
 	$(BIN)/ruff check .
