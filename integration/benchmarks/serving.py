@@ -41,7 +41,13 @@ from bc_plugin.engines.widen import widen
 
 FOLDER = CACHE / "serving"
 BITS, SEED, GENERATED, TURNS, TOGETHER = 3, 0, 64, 3, 4
-REFINED, STEPS = "refined-to-be-served", 8
+REFINED, STEPS, SEQUENCES = "refined-to-be-served", 8, 64
+SLOWLY = {
+    "train": EVERYTHING,
+    "learning_rate": 0.025,
+    "scales_learning_rate": 2.5e-4,
+    "norms_learning_rate": 5e-4,
+}
 # What is served, and what transformers reads to compare.
 SERVED = {
     "without": "without",
@@ -63,12 +69,15 @@ def prepare() -> None:
     subprocess.run([sys.executable, str(script), *settings], check=True)
     source = COMPARED / f"{BITS}-{SEED}"
     # A few steps: how well they are served is asked here, not how good they are.
-    few = {"steps": STEPS, "evaluate_every": STEPS, "train": EVERYTHING}
+    few = {"steps": STEPS, "evaluate_every": STEPS, "held_out": 1 / 8, **SLOWLY}
     if not (source / REFINED).exists():
         bc_plugin.enable()
         part = Part(BITS, SEED)
-        part.refined(REFINED, "joint-1", few, part.calibration)
+        part.refined(REFINED, "joint-1", few, part.more[:SEQUENCES])
         bc_plugin.disable()
+        found = Compensation.load(source / REFINED).refined
+        if not found["after"] < found["before"]:
+            raise SystemExit(f"{STEPS} steps made nothing better, so there is nothing to serve.")
     # Not jointly, so that the weights without vectors are worth comparing.
     bc_plugin.export(source / "bc-0", FOLDER / "biases", engine="vllm")
     _widen(source / "bc-0")
