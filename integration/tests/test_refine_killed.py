@@ -106,7 +106,7 @@ def test_a_full_disk_at_the_end_keeps_the_training(folder, tmp_path, monkeypatch
     monkeypatch.setattr(Training, "_step", lambda *args: steps.append(args) or step(*args))
     arguments = command(folder, out, "model", "--learning-rate", "0.05")
     with monkeypatch.context() as patch:
-        patch.setattr(copy, "save_file", full)
+        patch.setattr(copy, "write_tensors", full)
         said = rf"{out} cannot be written: .*No space .*kept in {out}.refining"
         with pytest.raises(BiasCompensationError, match=said):
             CliRunner().invoke(app, arguments, catch_exceptions=False)
