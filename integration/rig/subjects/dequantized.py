@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bc_plugin import Compensation
 from bc_plugin.engines.dequantize import dequantize
-from bc_plugin.names import SUFFIX
+from bc_plugin.engines.plain import read_tensors
+from bc_plugin.names import KEY
 from bc_plugin.vectors.settings import read_settings
 
 
@@ -25,17 +25,16 @@ def dequantized(folder: Path) -> nn.Module:
     if settings["quant_method"] == "compressed-tensors":
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         attached = Compensation.attached_to(model)
-        assert (attached is None) == ("bias_compensation" not in settings)
+        assert (attached is None) == (KEY not in settings)
         return model
-    tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    tensors = read_tensors(folder)
     dequantize(tensors, settings, torch.float32)
     config = json.loads((folder / "config.json").read_text())
     for key in ("quantization_config", "dtype", "torch_dtype"):
         config.pop(key, None)
     config = AutoConfig.for_model(**config)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    weights = {name: value for name, value in tensors.items() if not name.endswith(SUFFIX)}
-    model.load_state_dict(weights, strict=True)
-    if len(weights) < len(tensors):
+    model.load_state_dict({name: tensor.read() for name, tensor in tensors.items()}, strict=True)
+    if KEY in settings:
         Compensation.load(folder).attach_unchecked(model)
     return model
