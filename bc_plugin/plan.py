@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .calibration.batches import count_apart
 from .config import BiasCompensationConfig
 from .costs.passing import batch_of, pass_memory, sequences_used
 from .costs.rate import product_rate
@@ -147,4 +148,4 @@ def _held_out(samples: int, share: float) -> int:
         raise BiasCompensationError(
             "refinement needs at least two calibration sequences, one to be held out."
         )
-    return min(max(1, round(samples * share)), samples - 1)
+    return count_apart(samples, share)

@@ -89,9 +89,14 @@ def spread(items: Sequence[Any], max_tokens: int | None) -> list[Any]:
         return items
     tokens = sum(gathered(sum(map(_tokens, inputs))))
     start, total = place_of(len(items))
-    count = min(total, max(2, math.ceil(total * max_tokens / max(tokens, 1))))
+    count = count_used(total, tokens, max_tokens)
     chosen = {i * total // count for i in range(count)}
     return [item for i, item in enumerate(items, start) if i in chosen]
+
+
+def count_used(total: int, tokens: int, max_tokens: int) -> int:
+    """How many of ``total`` items of ``tokens`` tokens together ``spread`` takes; two if it can."""
+    return min(total, max(2, math.ceil(total * max_tokens / max(tokens, 1))))
 
 
 def split_held_out(items: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
@@ -102,12 +107,17 @@ def split_held_out(items: Sequence[Any], share: float) -> tuple[list[Any], list[
     """
     items = list(items)
     start, total = place_of(len(items))
-    count = min(round(total * share) or (share > 0), total - 1)
+    count = count_apart(total, share)
     if count <= 0:
         return items, []
     apart = {(2 * i + 1) * total // (2 * count) - start for i in range(count)}
     kept = [item for i, item in enumerate(items) if i not in apart]
     return kept, [item for i, item in enumerate(items) if i in apart]
+
+
+def count_apart(total: int, share: float) -> int:
+    """How many of ``total`` items ``split_held_out`` keeps apart, if that is above 0."""
+    return min(round(total * share) or int(share > 0), total - 1)
 
 
 def calibration_batches(

@@ -5,8 +5,7 @@ All of it is per process, in bytes. Files that are mapped into memory are no par
 
 from __future__ import annotations
 
-import math
-
+from ..calibration.batches import count_used
 from ..config import BiasCompensationConfig
 from .shapes import Block, Shapes
 from .stored import float_block, packed_block
@@ -15,10 +14,8 @@ WIDE, EXACT = 4, 8  # bytes of float32, in which shifts are taken, and of float6
 
 
 def sequences_used(samples: int, length: int, max_tokens: int | None) -> int:
-    """``samples * max_tokens / (samples * length)``, rounded up, but two or more if there are."""
-    if max_tokens is None:
-        return samples
-    return min(samples, max(2, math.ceil(max_tokens / length)))
+    """Those of ``samples`` that the pass takes, of ``length`` tokens each."""
+    return samples if max_tokens is None else count_used(samples, samples * length, max_tokens)
 
 
 def batch_of(sequences: int, length: int, batch_tokens: int) -> int:
@@ -55,11 +52,8 @@ def covariances(block: Block) -> int:
     Two float64 matrices, of the tokens to fit to and of those held out. Three more of the largest
     while they are centred and solved with. And the integers of all linears, a byte each.
     """
-    shared = {linear.inputs for linear in block.linears if not linear.closes}
-    own = [linear.inputs for linear in block.linears if linear.closes]
-    squares = [inputs**2 for inputs in (*shared, *own)]
-    integers = sum(linear.values for linear in block.linears)
-    return 2 * EXACT * sum(squares) + 3 * EXACT * max(squares, default=0) + integers
+    squares = [inputs**2 for inputs in block.common_inputs]
+    return 2 * EXACT * sum(squares) + 3 * EXACT * max(squares, default=0) + block.values
 
 
 def pass_memory(

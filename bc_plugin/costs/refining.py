@@ -68,7 +68,7 @@ def logits_and_gradient(shapes: Shapes, tokens: int) -> int:
 
 def unpacked_integers(shapes: Shapes) -> int:
     """A byte for each of the linears' integers, for scales that are trained."""
-    return sum(linear.values for block in shapes.blocks for linear in block.linears)
+    return sum(block.values for block in shapes.blocks)
 
 
 def trained_values(

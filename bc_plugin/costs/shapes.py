@@ -15,6 +15,7 @@ from ..models.blocks import find_blocks
 from ..models.experts import is_routed, stacked_experts
 from ..models.mixers import convolved_linears
 from ..models.modules import linears_of
+from ..refinement.weights import norms_of
 
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts")
 
@@ -55,6 +56,17 @@ class Block:
 
     linears: tuple[Linear, ...]
     others: int
+
+    @property
+    def values(self) -> int:
+        """Number of all linears' weights."""
+        return sum(linear.values for linear in self.linears)
+
+    @property
+    def common_inputs(self) -> list[int]:
+        """Features of each input that linears have in common; one that closes has its own."""
+        shared = {linear.inputs for linear in self.linears if not linear.closes}
+        return [*shared, *(linear.inputs for linear in self.linears if linear.closes)]
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ def shapes_of(name: str | Path) -> Shapes:
     return Shapes(
         blocks=tuple(inside),
         around=total - sum(_values(block) for block in blocks.modules(model)),
-        norms=sum(_values(m) for m in model.modules() if type(m).__name__.endswith("Norm")),
+        norms=sum(_values(norm) for norm in norms_of(model).values()),
         hidden=config.hidden_size,
         attention=heads * width,
         vocabulary=config.vocab_size,

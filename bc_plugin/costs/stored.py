@@ -10,7 +10,12 @@ SCALE, INDEX, VECTOR = 2, 4, 2  # bytes: half precision, 32-bit integers, half p
 
 def float_block(block: Block, itemsize: int) -> int:
     """``(sum in * out + others) * itemsize``."""
-    return (sum(linear.values for linear in block.linears) + block.others) * itemsize
+    return (block.values + block.others) * itemsize
+
+
+def groups_of(linear: Linear, group_size: int) -> int:
+    """``in / group_size``, rounded up; one where ``group_size`` is -1."""
+    return 1 if group_size == -1 else -(-linear.inputs // group_size)
 
 
 def packed_linear(linear: Linear, bits: int, group_size: int) -> int:
@@ -21,8 +26,7 @@ def packed_linear(linear: Linear, bits: int, group_size: int) -> int:
     Args:
         group_size: Inputs that share a scale; -1 for all.
     """
-    size = linear.inputs if group_size == -1 else group_size
-    groups = -(-linear.inputs // size)
+    groups = groups_of(linear, group_size)
     integers = (linear.inputs + groups) * linear.outputs * bits // 8
     return linear.count * (integers + groups * linear.outputs * SCALE + linear.inputs * INDEX)
 
@@ -62,9 +66,7 @@ def vector_values(shapes: Shapes, settings: BiasCompensationConfig, length: int)
 def scale_values(shapes: Shapes, group_size: int) -> int:
     """``groups * out`` of all linears."""
     return sum(
-        -(-linear.inputs // (linear.inputs if group_size == -1 else group_size))
-        * linear.outputs
-        * linear.count
+        groups_of(linear, group_size) * linear.outputs * linear.count
         for block in shapes.blocks
         for linear in block.linears
     )

@@ -35,14 +35,8 @@ def head_forward(shapes: Shapes, tokens: int) -> float:
 
 def covariance_products(shapes: Shapes, tokens: int) -> float:
     """``2 * tokens * in^2`` for each input that linears have in common."""
-    return sum(
-        2.0 * tokens * inputs**2
-        for block in shapes.blocks
-        for inputs in (
-            *{linear.inputs for linear in block.linears if not linear.closes},
-            *(linear.inputs for linear in block.linears if linear.closes),
-        )
-    )
+    common = (inputs for block in shapes.blocks for inputs in block.common_inputs)
+    return sum(2.0 * tokens * inputs**2 for inputs in common)
 
 
 def pass_work(
