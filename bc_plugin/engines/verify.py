@@ -87,18 +87,20 @@ def verify_kept(source: Path, exported: Path, whole: Compensation, device_map: s
 
 
 def require_own_weights(source: Path) -> None:
-    """Make sure, without loading a model, that a checkpoint's vectors belong to its weights.
+    """Make sure, without loading a model, that vectors that were loaded belong to the weights.
 
     Raises:
         BiasCompensationError: they do not, or its files do not tell.
     """
-    entry = read_settings(source).get(KEY) or read_metadata(source / FILE).get(KEY, {})
+    own = read_settings(source).get(KEY)
+    entry = own or read_metadata(source / FILE).get(KEY, {})
     if FILES_DIGEST not in entry:
         raise BiasCompensationError(
             f"the vectors in {source} do not say which files' weights they belong to, as they were "
             "saved without bc_plugin.enable(); export it with verify=True (without --no-verify)."
         )
-    require_bound(entry, checkpoint_files(source))
+    if own:  # ``Compensation.load`` has compared those that lie beside a checkpoint
+        require_bound(entry, checkpoint_files(source))
 
 
 def _plain_model(folder: Path, device_map: str) -> nn.Module:
