@@ -63,8 +63,7 @@ def main() -> None:
         key = json.dumps(chosen)
         if key not in found:
             config = RefinementConfig(**SETTINGS, **chosen)
-            folder = part.folder / "rates-float-logits"
-            logits = bc_plugin.record_float_logits(part.reference, data, config, folder=folder)
+            logits, _ = part.float_logits(config, data)
             refined = bc_plugin.refine(part.load(START), logits, data, config).refined
             found[key] = refined["before"], refined["after"]
             path.write_text(json.dumps(found))

@@ -75,7 +75,7 @@ def prepare() -> None:
         part = Part(BITS, SEED)
         part.refined(REFINED, "joint-1", few, part.more[:SEQUENCES])
         bc_plugin.disable()
-        found = Compensation.load(source / REFINED).refined
+        found = part.found[REFINED]["refined"]
         if not found["after"] < found["before"]:
             raise SystemExit(f"{STEPS} steps made nothing better, so there is nothing to serve.")
     # Not jointly, so that the weights without vectors are worth comparing.
