@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from ..models.modules import fastest_device
+
 SMALLEST, LARGEST, SECONDS = 128, 8192, 0.5
 
 
@@ -15,7 +17,7 @@ def product_rate(dtype: torch.dtype) -> float:
     Matrices grow until one product takes half a second or so: processors that lack a type are
     hundreds of times slower in it, and an accelerator needs large ones to be busy.
     """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = fastest_device()
     size, best = SMALLEST, 0.0
     while size <= LARGEST:
         seconds = _seconds(torch.randn(size, size, device=device).to(dtype))

@@ -5,17 +5,16 @@ For an engine that has no kernels for the width it was quantized with, but knows
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..names import SUFFIX
 from ..vectors.compensation import Compensation
-from ..vectors.lazy import LazyTensor
+from ..vectors.lazy import LazyTensor, Values
 from ..vectors.weights import weights_of
 from ..vectors.written import write_entry
 from .plain import read_tensors, write_checkpoint
@@ -53,26 +52,9 @@ def _as_modules(tensors: Mapping[str, LazyTensor]) -> nn.Module:
             if part not in owner._modules:
                 owner.add_module(part, nn.Module())
             owner = owner._modules[part]
-        tensor = tensors[name]
-        owner.register_buffer(leaf, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
-    root._hf_hook = SimpleNamespace(weights_map=_Values(tensors))  # as if accelerate kept them
+        owner.register_buffer(leaf, tensors[name].empty())
+    root._hf_hook = SimpleNamespace(weights_map=Values(tensors))  # as if accelerate kept them
     return root
-
-
-class _Values(Mapping[str, Tensor]):
-    """The values of lazy tensors, each read anew whenever it is asked for."""
-
-    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
-        self.tensors = tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name].read()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:

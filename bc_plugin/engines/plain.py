@@ -19,10 +19,8 @@ from ..vectors.compensation import Compensation
 from ..vectors.lazy import LazyTensor, tensors_in
 from ..vectors.sealed import unseal
 from ..vectors.settings import CONFIG, SETTINGS
-from ..vectors.splice import write_tensors
+from ..vectors.splice import FORMAT, write_index, write_tensors
 from .plan import Plan
-
-FORMAT = {"format": "pt"}
 
 
 def read_tensors(folder: Path) -> dict[str, LazyTensor]:
@@ -113,13 +111,9 @@ def write_checkpoint(
 def _write_shards(folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    shapes = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        for name, tensor in tensors.items()
-    }
+    shapes = {name: tensor.empty() for name, tensor in tensors.items()}
     split = split_torch_state_dict_into_shards(shapes)
     for file, names in split.filename_to_tensors.items():
         write_tensors(folder / file, {name: tensors[name] for name in names}, FORMAT)
     if split.is_sharded:
-        index = {"metadata": {**split.metadata, **FORMAT}, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(folder / INDEX, {**split.metadata, **FORMAT}, split.tensor_to_filename)

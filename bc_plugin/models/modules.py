@@ -159,6 +159,12 @@ def device_of(module: nn.Module) -> torch.device:
     return next(stored_tensors(module))[1].device
 
 
+def fastest_device() -> torch.device:
+    """The accelerator, or the CPU where there is none."""
+    found = torch.accelerator.is_available()
+    return torch.accelerator.current_accelerator() if found else torch.device("cpu")
+
+
 @contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
     """While it lasts, modules among these only evaluate: uncompiled and without gradients."""

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from ..errors import BiasCompensationError
 from ..models.blocks import find_block_lists
-from ..models.modules import set_tensor, stored_tensors
-from ..names import KEY, SUFFIX
+from ..models.modules import fastest_device, set_tensor, stored_tensors
+from ..names import KEY
 from ..vectors.checkpoint import checkpoint_files, require_bound
 from ..vectors.compensation import Compensation
 from ..vectors.joint import mark_joint, note_saved_without, saved_without
+from ..vectors.lazy import LazyTensor, tensors_in
 from ..vectors.settings import read_settings
 from .linear import TENSORS, PackedLinear
-from .tensors import Place, StoredTensors, places_in
+from .tensors import StoredTensors
 
 FORMATS = "GPTQ and AWQ (gemm) with 32-bit words, and no quantization at all"
 
@@ -70,12 +71,17 @@ def open_streamed(
     if not files or any(file.suffix != ".safetensors" for file in files):
         raise CannotStream(folder, "it has no weights in safetensors files")
     settings = read_settings(folder)
-    places = {k: place for k, place in places_in(files).items() if not k.endswith(SUFFIX)}
+    places = {k: place for f in files for k, place in tensors_in(f, vectors=False).items()}
     model = _skeleton(folder, _dtype(dtype), places, kind)
     _require_known(folder, model, settings)
     _put_packed(folder, model, places, settings)
     lists = [found.path for found in find_block_lists(model, blocks)]
-    _fill(model, _named(folder, model, places), lists, _device(device))
+    _fill(
+        model,
+        _named(folder, model, places),
+        lists,
+        fastest_device() if device == "auto" else torch.device(device),
+    )
     _note_joint(folder, files, model, settings.get(KEY))
     return model.eval()
 
@@ -84,15 +90,8 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
 
 
-def _device(device: str | torch.device) -> torch.device:
-    if device != "auto":
-        return torch.device(device)
-    found = torch.accelerator.is_available()
-    return torch.accelerator.current_accelerator() if found else torch.device("cpu")
-
-
 def _skeleton(
-    folder: Path, dtype: str | torch.dtype, places: Mapping[str, Place], kind: Any
+    folder: Path, dtype: str | torch.dtype, places: Mapping[str, LazyTensor], kind: Any
 ) -> nn.Module:
     """The model without quantization, its parameters on the meta device."""
     import transformers
@@ -114,9 +113,9 @@ def _skeleton(
     return model
 
 
-def _first_float(places: Mapping[str, Place]) -> torch.dtype:
-    read = (place.read().dtype for place in places.values())
-    return next((dtype for dtype in read if dtype.is_floating_point), torch.float32)
+def _first_float(places: Mapping[str, LazyTensor]) -> torch.dtype:
+    dtypes = (place.dtype for place in places.values())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
 def _require_known(folder: Path, model: nn.Module, settings: Mapping[str, Any]) -> None:
@@ -136,7 +135,7 @@ def _require_known(folder: Path, model: nn.Module, settings: Mapping[str, Any]) 
 
 
 def _put_packed(
-    folder: Path, model: nn.Module, places: Mapping[str, Place], settings: Mapping[str, Any]
+    folder: Path, model: nn.Module, places: Mapping[str, LazyTensor], settings: Mapping[str, Any]
 ) -> None:
     """Packed linears in place of the float ones; where there are none, nothing."""
     if not {"bits", "quant_method"} & set(settings):
@@ -147,13 +146,11 @@ def _put_packed(
         if leaf != "qweight":
             continue
         tensors = {
-            name: places[f"{path}.{name}"].read().to("meta")
-            for name in TENSORS
-            if f"{path}.{name}" in places
+            name: places[f"{path}.{name}"].empty() for name in TENSORS if f"{path}.{name}" in places
         }
         for name in ("qzeros", "scales") + ("g_idx",) * (settings["quant_method"] == "gptq"):
             if name not in tensors:
-                raise _missing(places[key].file, f"{path}.{name}")
+                raise _missing(places[key].stored.path, f"{path}.{name}")
         try:
             own = model.get_submodule(path)
         except AttributeError as error:
@@ -161,7 +158,7 @@ def _put_packed(
         packed = PackedLinear(tensors, settings)
         if tuple(own.weight.shape) not in _shapes(own, packed):
             raise BiasCompensationError(
-                f"{places[key].file}: {key} is that of {packed.in_features} x "
+                f"{places[key].stored.path}: {key} is that of {packed.in_features} x "
                 f"{packed.out_features} weights, the config's of {tuple(own.weight.shape)}."
             )
         model.set_submodule(path, packed)
@@ -173,14 +170,16 @@ def _shapes(own: nn.Module, packed: PackedLinear) -> set[tuple[int, int]]:
     return {widths if isinstance(own, nn.Linear) else widths[::-1]}
 
 
-def _named(folder: Path, model: nn.Module, places: Mapping[str, Place]) -> dict[str, Place]:
+def _named(
+    folder: Path, model: nn.Module, places: Mapping[str, LazyTensor]
+) -> dict[str, LazyTensor]:
     """Where each of the model's tensors is, by its name in the model."""
     prefix = f"{model.base_model_prefix}."
     tensors = dict(stored_tensors(model))
     tied: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         tied.setdefault(id(tensor), []).append(name)
-    found: dict[str, Place] = {}
+    found: dict[str, LazyTensor] = {}
     missing: list[str] = []
     for names in tied.values():
         keys = (key for n in names for key in (n, prefix + n, n.removeprefix(prefix)))
@@ -190,17 +189,18 @@ def _named(folder: Path, model: nn.Module, places: Mapping[str, Place]) -> dict[
         elif tensors[names[0]].is_meta:  # a buffer has its value from the config otherwise
             missing.append(names[0])
     if missing:
-        used = {place.key for place in found.values()}
+        used = {place.stored.key for place in found.values()}
         if set(places) - used:  # other names, as for experts that transformers stacks
             raise CannotStream(
                 folder, f"{len(missing)} tensors have other names there, such as {missing[0]}"
             )
-        files = sorted({place.file.name for place in places.values()})
+        files = sorted({place.stored.path.name for place in places.values()})
         raise _missing(folder / files[0] if len(files) == 1 else folder, missing[0])
     for name, place in found.items():
-        if place.shape != tuple(tensors[name].shape):
+        if place.shape != tensors[name].shape:
+            stored = place.stored
             raise BiasCompensationError(
-                f"{place.file}: {place.key} has the shape {place.shape}, the config's is "
+                f"{stored.path}: {stored.key} has the shape {tuple(place.shape)}, the config's is "
                 f"{tuple(tensors[name].shape)}; download or save the checkpoint again."
             )
     return found
@@ -213,7 +213,7 @@ def _missing(path: Path, name: str) -> BiasCompensationError:
 
 
 def _fill(
-    model: nn.Module, places: Mapping[str, Place], lists: Sequence[str], device: torch.device
+    model: nn.Module, places: Mapping[str, LazyTensor], lists: Sequence[str], device: torch.device
 ) -> None:
     """Hooks that lend blocks and embeddings their weights, and everything else."""
     from accelerate.hooks import add_hook_to_module
@@ -238,7 +238,7 @@ def _fill(
             add_hook_to_module(module, lending[module](StoredTensors(inside), device))
     for name, tensor in _tensors(model).items():
         if name not in lent:
-            value = places[name].read() if name in places else tensor
+            value = places[name].stored.mapped() if name in places else tensor
             set_tensor(model, name, value.to(device, tensor.dtype))
 
 

@@ -6,7 +6,6 @@ as it is goes from file to file; in memory are the vectors, and one tensor at a 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,10 +23,9 @@ from ..vectors.compensation import Compensation
 from ..vectors.lazy import LazyTensor, tensors_in
 from ..vectors.merge import OWN_BIAS
 from ..vectors.settings import read_json
-from ..vectors.splice import write_tensors
+from ..vectors.splice import FORMAT, write_index, write_tensors
 from ..vectors.written import write_entry
 
-FORMAT = {"format": "pt"}
 VECTORS = "model-bias_compensation.safetensors"  # beside a checkpoint of several files
 
 
@@ -80,8 +78,7 @@ def _write_several(
     places |= dict.fromkeys(vectors, VECTORS)
     found = sorted(source.glob("*.index.json"))
     about = read_json(found[0]).get("metadata", {}) if found else {}
-    index = {"metadata": about, "weight_map": dict(sorted(places.items()))}
-    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_index(out / INDEX, about, dict(sorted(places.items())))
 
 
 def _write(

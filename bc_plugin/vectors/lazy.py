@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +20,17 @@ from .fingerprint import PART, fingerprint, fingerprint_of_parts
 
 
 @contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """While it lasts, what a damaged file leads to is an error of ours."""
+def reading(what: str | Path) -> Iterator[None]:
+    """While it lasts, what a damaged file leads to is an error of ours.
+
+    Args:
+        what: The file, or the file and what of it is read.
+    """
     try:
         yield
     except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
         raise BiasCompensationError(
-            f"{path} cannot be read ({str(error) or type(error).__name__}); it is damaged, or not "
+            f"{what} cannot be read ({str(error) or type(error).__name__}); it is damaged, or not "
             "all of it was written: download or save the checkpoint again."
         ) from error
 
@@ -37,11 +41,13 @@ class Stored:
 
     Attributes:
         path: The file.
+        key: The tensor's name in it.
         header: What the file's header says of it: its ``dtype``, ``shape`` and ``data_offsets``.
         start: Where in the file its bytes begin.
     """
 
     path: Path
+    key: str
     header: dict[str, Any]
     start: int
 
@@ -74,6 +80,15 @@ class Stored:
             _fill(file, data.numpy())
         return data.view(dtype).view(shape)
 
+    def mapped(self) -> Tensor:
+        """The tensor, memory-mapped: only what is used of it is read, and let go with it.
+
+        Raises:
+            BiasCompensationError: the file is damaged, or gone.
+        """
+        with reading(f"{self.path}: its tensor {self.key}"), safe_open(self.path, "pt") as file:
+            return file.get_tensor(self.key)
+
 
 def _fill(file: BinaryIO, buffer: Any) -> None:
     if file.readinto(buffer) != len(buffer):
@@ -100,6 +115,10 @@ class LazyTensor:
         """One that is in memory already."""
         return cls(tensor.dtype, tensor.shape, lambda: tensor)
 
+    def empty(self) -> Tensor:
+        """One of its type and shape, on the meta device."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
     def narrow(self, dim: int, start: int, length: int) -> LazyTensor:
         """A part of it, as ``torch.narrow`` has it."""
         shape = torch.Size((*self.shape[:dim], length, *self.shape[dim + 1 :]))
@@ -112,6 +131,26 @@ class LazyTensor:
         return fingerprint_of_parts(
             torch.frombuffer(piece, dtype=torch.uint8) for piece in self.stored.pieces()
         )
+
+
+class Values(Mapping[str, Tensor]):
+    """The values of lazy tensors, each read anew whenever it is asked for.
+
+    Args:
+        tensors: By name.
+    """
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def tensors_in(path: str | Path, vectors: bool) -> dict[str, LazyTensor]:
@@ -134,7 +173,8 @@ def _in_safetensors(path: Path) -> dict[str, LazyTensor]:
             header, found = json.loads(file.read(length)), {}
             for key in opened.keys():  # noqa: SIM118, not a dict
                 like = opened.get_tensor(key)  # memory-mapped, and not touched
-                stored = Stored(path, header[key], 8 + length + header[key]["data_offsets"][0])
+                start = 8 + length + header[key]["data_offsets"][0]
+                stored = Stored(path, key, header[key], start)
                 read = partial(stored.read, like.dtype, like.shape)
                 found[key] = LazyTensor(like.dtype, like.shape, read, stored)
     return found

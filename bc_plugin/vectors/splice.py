@@ -17,6 +17,7 @@ from safetensors.torch import save
 
 from .lazy import LazyTensor
 
+FORMAT = {"format": "pt"}  # metadata without which transformers loads no file
 LENGTH, ALIGNMENT = 8, 8  # bytes that say how long the header is, and what that is padded to
 
 
@@ -47,6 +48,12 @@ def write_tensors(
         file.write(len(text).to_bytes(LENGTH, "little") + text)
         for name in names:
             _write(file, name, tensors[name])
+
+
+def write_index(path: Path, metadata: Mapping[str, Any], places: Mapping[str, str]) -> None:
+    """Write which file of a checkpoint of several has which tensor."""
+    index = {"metadata": metadata, "weight_map": places}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _described(tensor: LazyTensor) -> tuple[dict[str, Any], int]:
