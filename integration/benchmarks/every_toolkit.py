@@ -33,7 +33,9 @@ from bc_plugin import Compensation, RefinementConfig
 
 FOLDER = CACHE / "every_toolkit"
 GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 64, 32, 512, 12
-REFINED_SAMPLES = 128
+# A few steps of four sequences each, which are seen once; the comparison has more.
+STEPS, HELD_OUT = 16, 8
+REFINED_SAMPLES = 4 * STEPS + HELD_OUT
 PARTS = [(name, bits) for bits in (3, 4) for name in ("gptqmodel", "transformers", "auto_gptq")] + [
     ("gptqmodel-awq", 4),
     ("autoawq", 4),
@@ -48,6 +50,7 @@ PARTS = [(name, bits) for bits in (3, 4) for name in ("gptqmodel", "transformers
 VARIANTS = ("float", "none", "BC 0", "BC 1", "joint 0", "joint 1", "refined 1")
 # The other toolkits share its method; one value of ``positions`` shows that they share its results.
 BOTH_POSITIONS = ("gptqmodel", "gptqmodel-awq", "llmcompressor")
+REFINED = ("awq", "llmcompressor", "autoround")  # what is in a toolkit's name
 METHODS = {"awq": "AWQ", "nearest": "nearest", "autoround": "AutoRound"}
 
 
@@ -75,35 +78,34 @@ class Measurement:
             for positions in reversed(self.positions):
                 model = self.quantized({"positions": positions})
                 self.evaluate(f"BC {positions}", model)
-            self.refine(model)
-            self.evaluate("refined 1", model)
             Compensation.attached_to(model).detach(model)
             self.evaluate("none", model)
+            self.refine(self.pipeline.load(self.folder()))
             return
-        if not {"none", *(f"BC {positions}" for positions in self.positions)} <= set(self.found):
+        wanted = set(self.wanted()) - set(self.found)
+        if not wanted.isdisjoint({"none", *(f"BC {positions}" for positions in self.positions)}):
             self.compensate_afterwards()
-        for positions in self.positions if self.pipeline.joint else ():
-            if f"joint {positions}" not in self.found:
-                self.evaluate(f"joint {positions}", self.quantized({"positions": positions}))
+        for positions in reversed(self.positions) if self.pipeline.joint else ():
+            self.evaluate(f"joint {positions}", self.quantized({"positions": positions}))
+        if "refined 1" in wanted and self.pipeline.joint:
+            self.refine(self.pipeline.load(self.folder()))
 
     def wanted(self) -> list[str]:
         """What this part of the table consists of."""
         kinds = ("BC", "joint") if self.pipeline.joint else ("BC",)
         variants = [f"{kind} {p}" for kind in kinds for p in self.positions]
-        refined = ["refined 1"] if "awq" in self.pipeline.name else []
-        return ["float", "none", *variants, *refined]
+        refined = any(word in self.pipeline.name for word in REFINED)
+        return ["float", "none", *variants, *(["refined 1"] if refined else [])]
 
     def refine(self, model) -> None:
-        """Go on from the closed form: AWQ has no joint quantization."""
+        """Go on from the closed form with positions=1."""
         data = real.calibration_windows(self.tokenizer, LENGTH, REFINED_SAMPLES)
-        config = RefinementConfig(steps=64, mixed_precision="bf16", evaluate_every=16)
-        trained = model
-        if model.dtype == torch.float16:  # no autocast from there on a CPU
-            trained = AutoModelForCausalLM.from_pretrained(self.folder(), dtype=torch.float32)
-        refined = bc_plugin.refine(trained, self.reference, data, config)
-        if trained is not model:
-            Compensation.attached_to(model).detach(model)
-            refined.attach(model)
+        share = HELD_OUT / REFINED_SAMPLES
+        config = RefinementConfig(steps=STEPS, evaluate_every=STEPS, held_out=share)
+        if model.dtype == torch.float16:  # too coarse to train in
+            model = AutoModelForCausalLM.from_pretrained(self.folder(), dtype=torch.float32)
+        bc_plugin.refine(model, self.reference, data, config)
+        self.evaluate("refined 1", model)
 
     def compensate_afterwards(self) -> None:
         """The same weights without and with vectors."""
@@ -112,13 +114,16 @@ class Measurement:
             positions: bc_plugin.compensate(
                 model, self.reference, self.calibration, {"positions": positions}
             )
-            for positions in self.positions
+            for positions in reversed(self.positions)
         }
+        self.evaluate("none", model)
         for positions, compensation in vectors.items():
             compensation.attach_unchecked(model)  # it is the model they were computed for
             self.evaluate(f"BC {positions}", model)
-            compensation.detach(model)
-        self.evaluate("none", model)
+            if positions == 1 and not self.pipeline.joint and "refined 1" in self.wanted():
+                self.refine(model)
+            else:
+                compensation.detach(model)
 
     def folder(self) -> Path:
         return FOLDER / f"{self.pipeline.name}-{self.bits}"
