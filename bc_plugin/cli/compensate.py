@@ -12,6 +12,7 @@ from .arguments import check_loading, float_config, model_config, text_of
 from .gguf import compensate_file, settings_for_file
 from .inputs import float_inputs, load_as_stored, load_model, pass_settings, stream_or
 from .options import (
+    BatchTokens,
     CalibrationData,
     DeviceMap,
     Dtype,
@@ -50,6 +51,7 @@ def compensate(
     dtype: Dtype = "auto",
     device_map: DeviceMap = "auto",
     offload_activations: OffloadActivations = False,
+    batch_tokens: BatchTokens = 4096,
 ) -> None:
     """Compensate a checkpoint that is quantized already, or a GGUF file of llama.cpp's.
 
@@ -60,12 +62,16 @@ def compensate(
     Example: `bc-plugin compensate ./gptq ./SmolLM2-135M ./out --dataset text.txt --positions 0`
     """
     if is_gguf(quantized):
-        one = settings_for_file(positions, sites, scales)
+        one = settings_for_file(positions, sites, scales, batch_tokens)
         data = dataset, one, samples, length, dtype, device_map
         compensate_file(quantized, float_model, out, *data)
         return
     settings = pass_settings(
-        positions or "1", sites, scales=scales, offload_activations=offload_activations
+        positions or "1",
+        sites,
+        scales=scales,
+        offload_activations=offload_activations,
+        batch_tokens=batch_tokens,
     )
     check_out(out)
     model_config("QUANTIZED", quantized)

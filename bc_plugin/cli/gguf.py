@@ -20,7 +20,9 @@ from .sites import print_sites
 from .stopped import making
 
 
-def settings_for_file(positions: str | None, sites: str, scales: bool) -> BiasCompensationConfig:
+def settings_for_file(
+    positions: str | None, sites: str, scales: bool, batch_tokens: int
+) -> BiasCompensationConfig:
     """Raises: BiasCompensationError: a GGUF file cannot hold that."""
     if positions not in (None, "0"):
         raise BiasCompensationError(
@@ -28,7 +30,7 @@ def settings_for_file(positions: str | None, sites: str, scales: bool) -> BiasCo
         )
     if scales:
         raise BiasCompensationError("--scales: the scales of a GGUF file stay as they are.")
-    return pass_settings("0", sites, dtype="float32")
+    return pass_settings("0", sites, dtype="float32", batch_tokens=batch_tokens)
 
 
 def compensate_file(

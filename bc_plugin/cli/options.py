@@ -29,6 +29,9 @@ OffloadActivations = Annotated[
     bool,
     typer.Option("--offload-activations", help="Keep activations in temporary files (in TMPDIR)."),
 ]
+BatchTokens = Annotated[
+    int, typer.Option(help="Tokens per forward pass; with fewer, it takes less memory.")
+]
 Length = Annotated[int, typer.Option(min=1, help="Tokens per sequence.")]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences, at most.")]
 FloatModel = Annotated[str, typer.Argument(metavar="FLOAT", help="The model it came from.")]

@@ -13,7 +13,7 @@ from ..errors import BiasCompensationError
 from ..refinement.config import RefinementConfig
 from .arguments import BITS, GROUP_SIZES, check_dtype, float_config, one_of
 from .inputs import pass_settings
-from .options import Dtype, Length, Positions, Samples, Scales, Sites
+from .options import BatchTokens, Dtype, Length, Positions, Samples, Scales, Sites
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -39,6 +39,7 @@ def plan(
     ] = None,
     samples: Samples = 128,
     length: Length = 512,
+    batch_tokens: BatchTokens = 4096,
     dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
@@ -48,7 +49,7 @@ def plan(
 
     Example: `bc-plugin plan ./SmolLM2-135M --refine-steps 64 --devices 2`
     """
-    settings = pass_settings(positions, sites, scales=scales)
+    settings = pass_settings(positions, sites, scales=scales, batch_tokens=batch_tokens)
     refinement = None
     if refine_steps != 0:
         refinement = RefinementConfig(

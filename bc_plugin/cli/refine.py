@@ -17,6 +17,7 @@ from .arguments import check_loading, float_config, model_config, text_of
 from .gguf import refine_file
 from .inputs import float_inputs, load_as_stored
 from .options import (
+    BatchTokens,
     CalibrationData,
     DeviceMap,
     Dtype,
@@ -48,6 +49,7 @@ def refine(
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
     mixed_precision: Annotated[str, typer.Option(help="`no` or `bf16`.")] = "no",
+    batch_tokens: BatchTokens = 2048,
     samples: Samples = 128,
     length: Length = 512,
     dtype: Dtype = "auto",
@@ -67,6 +69,7 @@ def refine(
         learning_rate=learning_rate,
         gradient_checkpointing=gradient_checkpointing,
         mixed_precision=mixed_precision,
+        batch_tokens=batch_tokens,
     )
     if is_first():
         _tidy(out)

@@ -37,6 +37,7 @@ from bc_plugin.gguf.verify import llama_cpp_logits, verify
 from bc_plugin.gguf.write import write_compensated
 
 FOLDER = CACHE / "gguf"
+HELD_OUT = 8  # of the sequences of the refinement
 SETTINGS = {"positions": 0, "dtype": "float32"}
 # Where tables are kept, so that a run that is stopped goes on.
 RESULTS = FOLDER / "results.json"
@@ -47,7 +48,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", default=["Q4_0", "Q3_K_S", "Q2_K"])
     parser.add_argument("--length", type=int, default=512, help="tokens in a sequence")
     parser.add_argument("--calibrated", type=int, default=32, help="sequences of the closed form")
-    parser.add_argument("--trained", type=int, default=128, help="sequences of the refinement")
+    parser.add_argument("--trained", type=int, default=256, help="sequences of the refinement")
     parser.add_argument("--evaluated", type=int, default=12, help="held-out sequences")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--turns", type=int, default=5)
@@ -70,6 +71,9 @@ def main() -> None:
     imatrix = FOLDER / f"imatrix-{options.calibrated}-{options.length}.npz"
     if not imatrix.exists():
         write_imatrix(float_model, few, imatrix)
+    config = RefinementConfig(steps=options.steps, held_out=HELD_OUT / options.trained)
+    # Once for all files; what is there of the same model and data is kept.
+    logits = bc_plugin.record_float_logits(float_model, data, config, folder=FOLDER / "logits")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for kind in options.kinds:
         for matrix in (None, imatrix):
@@ -78,13 +82,14 @@ def main() -> None:
             if key not in results:
                 path = FOLDER / f"{kind}{'-imatrix' if matrix else ''}.gguf"
                 with_llama_cpp.quantize(whole, path, kind, matrix)
-                found = _measure(path, whole, float_model, few, data, held_out, options)
+                refinement = logits, data, config
+                found = _measure(path, whole, float_model, few, refinement, held_out, options)
                 results[key] = {"name": name, **found}
                 RESULTS.write_text(json.dumps(results))
     _print([found for key, found in results.items() if key.endswith(f", {vars(options)}")])
 
 
-def _measure(path, whole, float_model, few, data, held_out, options) -> dict:
+def _measure(path, whole, float_model, few, refinement, held_out, options) -> dict:
     """Everything of one file."""
     file = GGUFFile(path)
     places = places_in(file)
@@ -95,8 +100,7 @@ def _measure(path, whole, float_model, few, data, held_out, options) -> dict:
     kept = write_compensated(file, compensated, compensation)
     verify(file, compensated, model, kept)
     kept.attach_unchecked(model)
-    config = RefinementConfig(steps=options.steps)
-    refined = bc_plugin.refine(model, float_model, data, config)
+    refined = bc_plugin.refine(model, *refinement)
     refined.detach(model)
     trained = path.with_name(f"{path.stem}-refined.gguf")
     verify(file, trained, model, write_compensated(file, trained, refined))

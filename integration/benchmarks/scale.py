@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from rig.subjects.large import SHAPES
 from scale_kills import MOMENTS, OUTCOMES, kills
-from scale_parts import FOLDER, LENGTH, measure_pass, measure_ranks
+from scale_parts import BATCH, FOLDER, LENGTH, measure_pass, measure_ranks
 
 PARTS = ("layers", "tokens", "70b", "ranks", "kills")
-MEMORY = ("float block", "quantized block", "activations", "intermediates")
+MEMORY = ("float block", "quantized block", "activations")
 CONSOLE = Console(width=170)
 
 
@@ -75,8 +75,9 @@ def print_passes(rows: list[dict[str, Any]]) -> None:
                 f"{found['per_block'] or found['seconds'] / row['layers']:.1f}",
             )
     table.caption = (
-        "peak: resident beyond what imports had taken; without files: pages of its own; largest "
-        "rss: ru_maxrss, imports and mapped files included. Of export the sum is that of the pass."
+        f"{BATCH} tokens in a forward pass; peak: resident beyond what imports had taken; without "
+        "files: pages of its own; largest rss: ru_maxrss, imports and mapped files included. Of "
+        "export the sum is that of the pass."
     )
     CONSOLE.print(table)
 

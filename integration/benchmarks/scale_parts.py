@@ -26,6 +26,7 @@ from bc_plugin import Compensation
 
 FOLDER = CACHE / "scale"
 LENGTH = 512
+BATCH = LENGTH  # tokens in a forward pass, so that what a block makes of them is little
 
 
 @contextmanager
@@ -55,7 +56,7 @@ def compensating(folder: Path, out: Path, tokens: int, dtype: str) -> list[str]:
     """The arguments of a pass over so many tokens."""
     data = ("--dataset", folder / "text.txt", "--samples", tokens // LENGTH, "--length", LENGTH)
     models = (folder / "quantized", folder / "float", out)
-    options = ("--dtype", dtype, "--device-map", "cpu")
+    options = ("--dtype", dtype, "--device-map", "cpu", "--batch-tokens", BATCH)
     return [str(word) for word in ("compensate", *models, *data, *options)]
 
 
@@ -73,6 +74,7 @@ def measure_pass(
             samples=tokens // LENGTH,
             length=LENGTH,
             dtype=dtype,
+            config={"batch_tokens": BATCH},
             flops_per_second=1e12,
         )
         out, log = folder / "out", FOLDER / f"{name}-{layers}-{tokens}"
