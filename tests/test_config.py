@@ -1,7 +1,12 @@
 """Settings: what is taken, what is refused, and that they survive as JSON."""
 
+import ast
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 
+import bc_plugin
 from bc_plugin import BiasCompensationConfig, BiasCompensationError
 
 
@@ -48,3 +53,11 @@ def test_settings_that_name_no_path_are_refused(blocks):
 def test_several_paths_survive_as_json():
     config = BiasCompensationConfig(blocks=["model.encoder.layers", "model.decoder.layers"])
     assert BiasCompensationConfig.parse(config.to_dict()) == config
+
+
+def test_the_modifier_has_every_setting():
+    """Read from its source, since llm-compressor has an environment of its own."""
+    source = Path(bc_plugin.__file__).parent / "llmcompressor" / "modifier.py"
+    (modifier,) = (n for n in ast.parse(source.read_text()).body if isinstance(n, ast.ClassDef))
+    own = {node.target.id for node in modifier.body if isinstance(node, ast.AnnAssign)}
+    assert {field.name for field in fields(BiasCompensationConfig)} <= own

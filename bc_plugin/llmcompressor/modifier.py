@@ -60,6 +60,7 @@ class BiasCompensationModifier(Modifier):
     keep_only_if_better: bool = DEFAULT.keep_only_if_better
     max_tokens: int | None = DEFAULT.max_tokens
     batch_tokens: int = DEFAULT.batch_tokens
+    offload_activations: bool = DEFAULT.offload_activations
     refine_steps: int = DEFAULT.refine_steps
     refine: Literal["model", "block"] = DEFAULT.refine
     refine_train: list[str] = Field(default_factory=lambda: list(DEFAULT.refine_train))
