@@ -26,6 +26,7 @@ BLOCK = 0.1  # of a block
 FACTORS = 0.3  # the most that factors may explain
 FEW, ENOUGH = 32, 512  # tokens: fewer tell nothing, and more tell nothing new
 EACH = 128  # of one batch
+AT_ONCE = 16  # in float64, of which there are many copies
 
 
 class Covariances:
@@ -77,7 +78,10 @@ class Agreement:
             values: Output of the float module; output of the quantized module less that; and for
                 a block, its input: (2 or 3, tokens, features).
         """
-        values = values[:, : ENOUGH - self.together.tokens].double()
+        for part in values[:, : ENOUGH - self.together.tokens].split(AT_ONCE, 1):
+            self._add(part.double())
+
+    def _add(self, values: Tensor) -> None:
         self.together.update(values)
         if len(values) == 2:
             # Each token counts the same here: beside an attention sink nothing else would.
