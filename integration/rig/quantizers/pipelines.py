@@ -51,7 +51,6 @@ class Pipeline:
         settings: What ``quantize`` passes on, apart from the flag.
         dtype: The type that float models are read in.
         joint: Whether its quantizer can be told that biases will follow.
-        sealed: Whether loaders without the plugin refuse what was quantized jointly.
     """
 
     name: str
@@ -65,7 +64,6 @@ class Pipeline:
     settings: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     joint: bool = True
-    sealed: bool = True
 
     @property
     def installed(self) -> bool:
@@ -176,7 +174,6 @@ PIPELINES = {
                 shims=(llmcompressor_awq_on_cpu,),
                 settings={"method": method},
                 joint=method == with_llmcompressor.GPTQ,
-                sealed=False,
             )
             for name, method in (
                 ("llmcompressor", with_llmcompressor.GPTQ),
