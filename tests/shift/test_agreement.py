@@ -114,7 +114,7 @@ def test_no_more_tokens_than_needed():
 
 
 def test_few_tokens_are_wide_at_once(monkeypatch):
-    """Of wide linears, float64 copies of a whole batch were a fifth of the pass's memory."""
+    """Of wide linears, float64 copies of a whole batch were close to a tenth of its memory."""
     seen, update = [], Covariances.update
     monkeypatch.setattr(
         Covariances, "update", lambda self, values: seen.append(values) or update(self, values)
