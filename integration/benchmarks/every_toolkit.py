@@ -71,7 +71,8 @@ class Measurement:
         self.found = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def run(self) -> None:
-        if set(self.wanted()) <= set(self.found):
+        wanted = set(self.wanted()) - set(self.found)
+        if not wanted:
             return
         self.evaluate("float", self.reference)
         if "awq" in self.pipeline.name:  # the scales it moves are known only while it runs
@@ -82,12 +83,15 @@ class Measurement:
             self.evaluate("none", model)
             self.refine(self.pipeline.load(self.folder()))
             return
-        wanted = set(self.wanted()) - set(self.found)
-        if not wanted.isdisjoint({"none", *(f"BC {positions}" for positions in self.positions)}):
+        of_joint = set()
+        if self.pipeline.joint:
+            of_joint = {"refined 1", *(f"joint {positions}" for positions in self.positions)}
+        if wanted - of_joint:
             self.compensate_afterwards()
-        for positions in reversed(self.positions) if self.pipeline.joint else ():
-            self.evaluate(f"joint {positions}", self.quantized({"positions": positions}))
-        if "refined 1" in wanted and self.pipeline.joint:
+        for positions in reversed(self.positions):  # so that the last is there to be refined
+            if f"joint {positions}" in wanted:
+                self.evaluate(f"joint {positions}", self.quantized({"positions": positions}))
+        if "refined 1" in wanted & of_joint:
             self.refine(self.pipeline.load(self.folder()))
 
     def wanted(self) -> list[str]:

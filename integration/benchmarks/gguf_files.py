@@ -74,6 +74,7 @@ def main() -> None:
     config = RefinementConfig(steps=options.steps, held_out=HELD_OUT / options.trained)
     # Once for all files; what is there of the same model and data is kept.
     logits = bc_plugin.record_float_logits(float_model, data, config, folder=FOLDER / "logits")
+    refinement = logits, data, config
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for kind in options.kinds:
         for matrix in (None, imatrix):
@@ -82,7 +83,6 @@ def main() -> None:
             if key not in results:
                 path = FOLDER / f"{kind}{'-imatrix' if matrix else ''}.gguf"
                 with_llama_cpp.quantize(whole, path, kind, matrix)
-                refinement = logits, data, config
                 found = _measure(path, whole, float_model, few, refinement, held_out, options)
                 results[key] = {"name": name, **found}
                 RESULTS.write_text(json.dumps(results))
