@@ -44,7 +44,7 @@ def refine(
         str, typer.Option(help="Any of `vectors`, `scales` (of groups) and `norms`.")
     ] = "vectors",
     by: Annotated[str, typer.Option(help="Compare the `model`, or each `block`.")] = "model",
-    learning_rate: Annotated[float, typer.Option(help="Change per step, as a share.")] = 0.1,
+    learning_rate: Annotated[float, typer.Option(help="Change per step, as a share.")] = 0.025,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,

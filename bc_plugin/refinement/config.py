@@ -47,9 +47,9 @@ class RefinementConfig(Settings):
     steps: int = 64
     train: tuple[str, ...] = ("vectors",)
     by: Literal["model", "block"] = "model"
-    learning_rate: float = 0.1
-    scales_learning_rate: float = 1e-3
-    norms_learning_rate: float = 2e-3
+    learning_rate: float = 0.025
+    scales_learning_rate: float = 2.5e-4
+    norms_learning_rate: float = 5e-4
     warmup: float = 0.1
     batch_tokens: int = 2048
     gradient_accumulation_steps: int = 1
