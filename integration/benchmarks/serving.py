@@ -42,12 +42,6 @@ from bc_plugin.engines.widen import widen
 FOLDER = CACHE / "serving"
 BITS, SEED, GENERATED, TURNS, TOGETHER = 3, 0, 64, 3, 4
 REFINED, STEPS, SEQUENCES = "refined-to-be-served", 8, 64
-SLOWLY = {
-    "train": EVERYTHING,
-    "learning_rate": 0.025,
-    "scales_learning_rate": 2.5e-4,
-    "norms_learning_rate": 5e-4,
-}
 # What is served, and what transformers reads to compare.
 SERVED = {
     "without": "without",
@@ -69,7 +63,7 @@ def prepare() -> None:
     subprocess.run([sys.executable, str(script), *settings], check=True)
     source = COMPARED / f"{BITS}-{SEED}"
     # A few steps: how well they are served is asked here, not how good they are.
-    few = {"steps": STEPS, "evaluate_every": STEPS, "held_out": 1 / 8, **SLOWLY}
+    few = {"steps": STEPS, "evaluate_every": STEPS, "held_out": 1 / 8, "train": EVERYTHING}
     if not (source / REFINED).exists():
         bc_plugin.enable()
         part = Part(BITS, SEED)
