@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..config import BiasCompensationConfig
 from ..files import check_out, new_folder
 from ..gguf.file import is_gguf
 from .arguments import check_loading, float_config, model_config, text_of
@@ -51,7 +52,7 @@ def compensate(
     dtype: Dtype = "auto",
     device_map: DeviceMap = "auto",
     offload_activations: OffloadActivations = False,
-    batch_tokens: BatchTokens = 4096,
+    batch_tokens: BatchTokens = BiasCompensationConfig.batch_tokens,
 ) -> None:
     """Compensate a checkpoint that is quantized already, or a GGUF file of llama.cpp's.
 

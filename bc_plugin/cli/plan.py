@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
 from ..refinement.config import RefinementConfig
 from .arguments import BITS, GROUP_SIZES, check_dtype, float_config, one_of
@@ -39,7 +40,7 @@ def plan(
     ] = None,
     samples: Samples = 128,
     length: Length = 512,
-    batch_tokens: BatchTokens = 4096,
+    batch_tokens: BatchTokens = BiasCompensationConfig.batch_tokens,
     dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:

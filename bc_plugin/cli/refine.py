@@ -31,6 +31,8 @@ from .ranks import by_first, is_first
 from .sites import load_compensation, print_sites
 from .stopped import making
 
+LearningRate = Annotated[float, typer.Option(help="Largest change per step, as a share.")]
+
 
 def refine(
     compensated: Annotated[
@@ -39,17 +41,21 @@ def refine(
     float_model: FloatModel,
     out: Out,
     dataset: CalibrationData,
-    steps: Annotated[int, typer.Option(help="Steps of training; by block, in each.")] = 64,
+    steps: Annotated[
+        int, typer.Option(help="Steps of training; by block, in each.")
+    ] = RefinementConfig.steps,
     train: Annotated[
         str, typer.Option(help="Any of `vectors`, `scales` (of groups) and `norms`.")
     ] = "vectors",
     by: Annotated[str, typer.Option(help="Compare the `model`, or each `block`.")] = "model",
-    learning_rate: Annotated[float, typer.Option(help="Change per step, as a share.")] = 0.025,
+    learning_rate: LearningRate = RefinementConfig.learning_rate,
+    scales_learning_rate: LearningRate = RefinementConfig.scales_learning_rate,
+    norms_learning_rate: LearningRate = RefinementConfig.norms_learning_rate,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
     mixed_precision: Annotated[str, typer.Option(help="`no` or `bf16`.")] = "no",
-    batch_tokens: BatchTokens = 2048,
+    batch_tokens: BatchTokens = RefinementConfig.batch_tokens,
     samples: Samples = 128,
     length: Length = 512,
     dtype: Dtype = "auto",
@@ -67,6 +73,8 @@ def refine(
         train=tuple(train.replace(",", " ").split()),
         by=by,
         learning_rate=learning_rate,
+        scales_learning_rate=scales_learning_rate,
+        norms_learning_rate=norms_learning_rate,
         gradient_checkpointing=gradient_checkpointing,
         mixed_precision=mixed_precision,
         batch_tokens=batch_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import BiasCompensationError
@@ -56,7 +57,7 @@ def _put_in_place(attachment: Attachment, model: nn.Module) -> None:
     tracker = PositionTracker(compensation.positions)
     for name, vectors in compensation.vectors.items():
         module = model.get_submodule(name)
-        vectors = vectors.to(device_of(module))
+        vectors = vectors.to(_device_at(model, name))
         if compensation.kinds[name] == "convolution":
             attachment.sites.append(AttachedConvolution(module, vectors))
         else:
@@ -65,6 +66,15 @@ def _put_in_place(attachment: Attachment, model: nn.Module) -> None:
     for blocks in find_block_lists(model, compensation.blocks):
         owner = model.get_submodule(blocks.owner)
         attachment.trackings.append(Tracking(owner, blocks.modules(model), tracker))
+
+
+def _device_at(model: nn.Module, name: str) -> torch.device:
+    """Where the module of this path computes, also if one around it is lent its weights."""
+    device = device_of(model.get_submodule(name))
+    while device.type == "meta" and name:
+        name = name.rpartition(".")[0]
+        device = device_of(model.get_submodule(name))
+    return device
 
 
 def detach(compensation: Contents, model: Any) -> nn.Module:

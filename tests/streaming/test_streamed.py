@@ -95,6 +95,21 @@ def test_activations_in_files_change_no_bit(folders):
     assert all(torch.equal(found.vectors[n], v) for n, v in expected.vectors.items())
 
 
+def test_vectors_in_place_do_what_they_do_in_loaded_models(tmp_path):
+    model = tiny_model()
+    crudely_quantized(model).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    compensation = bc_plugin.compensate(loaded, model, token_batches(), {"positions": 1})
+    streamed = open_streamed(tmp_path)
+    plain = logits(streamed)
+    for each in (loaded, streamed):
+        compensation.attach(each)
+    torch.testing.assert_close(logits(streamed), logits(loaded))
+    assert not torch.equal(logits(streamed), plain)
+    compensation.detach(streamed)
+    assert torch.equal(logits(streamed), plain)
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_packed_weights_mean_what_they_meant_before(tmp_path, kind, dtype):
