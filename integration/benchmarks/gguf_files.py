@@ -26,6 +26,7 @@ from rig.engines import with_llama_cpp
 from rig.folders import CACHE
 from rig.quantizers.imatrix import write_imatrix
 from rig.subjects import real
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bc_plugin
@@ -62,7 +63,8 @@ def main() -> None:
     source = real.smollm2()
     tokenizer = AutoTokenizer.from_pretrained(source)
     data = real.calibration_windows(tokenizer, options.length, options.trained)
-    held_out = real.held_out_windows(tokenizer, options.length, options.evaluated)
+    windows = real.held_out_windows(tokenizer, options.length, options.evaluated)
+    held_out = torch.cat([window["input_ids"] for window in windows])
     whole = FOLDER / "f32.gguf"
     if not whole.exists():
         with_llama_cpp.convert(source, whole)
@@ -75,6 +77,7 @@ def main() -> None:
     # Once for all files; what is there of the same model and data is kept.
     logits = bc_plugin.record_float_logits(float_model, data, config, folder=FOLDER / "logits")
     refinement = logits, data, config
+    predicted = _log_probabilities(whole, held_out)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for kind in options.kinds:
         for matrix in (None, imatrix):
@@ -83,13 +86,13 @@ def main() -> None:
             if key not in results:
                 path = FOLDER / f"{kind}{'-imatrix' if matrix else ''}.gguf"
                 with_llama_cpp.quantize(whole, path, kind, matrix)
-                found = _measure(path, whole, float_model, few, refinement, held_out, options)
+                found = _measure(path, float_model, few, refinement, held_out, predicted, options)
                 results[key] = {"name": name, **found}
                 RESULTS.write_text(json.dumps(results))
     _print([found for key, found in results.items() if key.endswith(f", {vars(options)}")])
 
 
-def _measure(path, whole, float_model, few, refinement, held_out, options) -> dict:
+def _measure(path, float_model, few, refinement, held_out, predicted, options) -> dict:
     """Everything of one file."""
     file = GGUFFile(path)
     places = places_in(file)
@@ -111,23 +114,22 @@ def _measure(path, whole, float_model, few, refinement, held_out, options) -> di
     return {
         "types": file.types(),
         "bytes": {name: each.stat().st_size for name, each in rows.items()},
-        "rows": {name: _against(each, whole, held_out) for name, each in rows.items()},
+        "rows": {name: _against(each, held_out, predicted) for name, each in rows.items()},
         "speeds": turns,
     }
 
 
-def _against(path: Path, whole: Path, held_out: list) -> dict[str, float]:
-    """Perplexity in llama.cpp, and KL from the float file there."""
-    loss = divergence = tokens = 0
-    for batch in held_out:
-        ids = batch["input_ids"]
-        log_p, log_q = (
-            llama_cpp_logits(each, ids)[0, :-1].log_softmax(-1) for each in (path, whole)
-        )
-        loss -= log_p.gather(-1, ids[0, 1:, None]).double().sum().item()
-        divergence += (log_q.exp() * (log_q - log_p)).double().sum().item()
-        tokens += len(log_p)
-    return {"perplexity": math.exp(loss / tokens), "kl": divergence / tokens}
+def _against(path: Path, held_out: Tensor, predicted: Tensor) -> dict[str, float]:
+    """Perplexity in llama.cpp, and KL from what the float file predicts there."""
+    found = _log_probabilities(path, held_out)
+    loss = -found.gather(-1, held_out[:, 1:, None]).double().mean().item()
+    pairs = zip(predicted, found, strict=True)
+    divergence = sum((p.exp() * (p - q)).double().sum().item() for p, q in pairs)
+    return {"perplexity": math.exp(loss), "kl": divergence / found[..., 0].numel()}
+
+
+def _log_probabilities(path: Path, held_out: Tensor) -> Tensor:
+    return llama_cpp_logits(path, held_out)[:, :-1].log_softmax(-1)
 
 
 def _print(found: list[dict]) -> None:
