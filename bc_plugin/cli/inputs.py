@@ -77,7 +77,8 @@ def stream_or(load: Callable[..., Any]) -> Callable[..., Any]:
         from tqdm.auto import tqdm
         from transformers import AutoModelForCausalLM
 
-        from ..streaming.load import CannotStream, open_streamed
+        from ..streaming.errors import CannotStream
+        from ..streaming.load import open_streamed
 
         device = "auto" if device_map in SPREAD else device_map
         with _told(argument, name, "read", "a causal language model that transformers loads"):

@@ -18,24 +18,9 @@ from ..vectors.compensation import Compensation
 from ..vectors.joint import mark_joint, note_saved_without, saved_without
 from ..vectors.lazy import LazyTensor, tensors_in
 from ..vectors.settings import read_settings
-from .linear import TENSORS, PackedLinear
+from .errors import CannotStream, no_tensor
+from .linears import put_packed
 from .tensors import StoredTensors
-
-FORMATS = "GPTQ and AWQ (gemm) with 32-bit words, and no quantization at all"
-
-
-class CannotStream(BiasCompensationError):
-    """The checkpoint may be whole, but is not one whose blocks are read from files here.
-
-    Attributes:
-        why: What it is instead.
-    """
-
-    def __init__(self, folder: Path, why: str) -> None:
-        super().__init__(
-            f"{folder} cannot be read block by block: {why}; load it whole, with from_pretrained."
-        )
-        self.why = why
 
 
 def open_streamed(
@@ -53,7 +38,8 @@ def open_streamed(
 
     Args:
         folder: Of safetensors files and a ``config.json``: a float model, or one quantized with
-            GPTQ (2, 3, 4 or 8 bits) or AWQ, for which no kernel is needed.
+            GPTQ (2, 3, 4 or 8 bits), AWQ or compressed-tensors (``pack-quantized``), for which no
+            kernel is needed.
         dtype: As ``from_pretrained`` has it; ``"auto"`` takes the checkpoint's.
         device: Where it computes; ``"auto"`` takes the accelerator, if there is one.
         blocks: Where its blocks are, if ``find_block_lists`` cannot tell.
@@ -73,8 +59,8 @@ def open_streamed(
     settings = read_settings(folder)
     places = {k: place for f in files for k, place in tensors_in(f, vectors=False).items()}
     model = _skeleton(folder, _dtype(dtype), places, kind)
-    _require_known(folder, model, settings)
-    _put_packed(folder, model, places, settings)
+    _require_one_type(folder, model)
+    put_packed(folder, model, places, settings)
     lists = [found.path for found in find_block_lists(model, blocks)]
     _fill(
         model,
@@ -118,56 +104,11 @@ def _first_float(places: Mapping[str, LazyTensor]) -> torch.dtype:
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
-def _require_known(folder: Path, model: nn.Module, settings: Mapping[str, Any]) -> None:
-    """Raises: CannotStream: the format is unknown, or types are that change while loading."""
-    method = settings.get("quant_method", "gptq" if "bits" in settings else None)
-    layout = settings.get("checkpoint_format") or settings.get("format") or settings.get("version")
-    layout = (layout or "gemm").lower()
-    known = {None: (layout,), "gptq": ("gptq", "gptq_v2", "gemm"), "awq": ("gemm",)}
-    words = settings.get("pack_dtype", "int32")
-    if layout not in known.get(method, ()) or settings.get("dynamic") or words != "int32":
-        raise CannotStream(
-            folder, f"it is of {method!r} in the format {layout!r}, known are {FORMATS}"
-        )
+def _require_one_type(folder: Path, model: nn.Module) -> None:
+    """Raises: CannotStream: types are that change while loading."""
     names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     if any(getattr(model, name, None) for name in names):
         raise CannotStream(folder, f"parts of a {type(model).__name__} have types of their own")
-
-
-def _put_packed(
-    folder: Path, model: nn.Module, places: Mapping[str, LazyTensor], settings: Mapping[str, Any]
-) -> None:
-    """Packed linears in place of the float ones; where there are none, nothing."""
-    if not {"bits", "quant_method"} & set(settings):
-        return
-    settings = {"quant_method": "gptq", **settings}
-    for key in places:
-        path, _, leaf = key.rpartition(".")
-        if leaf != "qweight":
-            continue
-        tensors = {
-            name: places[f"{path}.{name}"].empty() for name in TENSORS if f"{path}.{name}" in places
-        }
-        for name in ("qzeros", "scales") + ("g_idx",) * (settings["quant_method"] == "gptq"):
-            if name not in tensors:
-                raise _missing(places[key].stored.path, f"{path}.{name}")
-        try:
-            own = model.get_submodule(path)
-        except AttributeError as error:
-            raise CannotStream(folder, f"a {type(model).__name__} has no {path}") from error
-        packed = PackedLinear(tensors, settings)
-        if tuple(own.weight.shape) not in _shapes(own, packed):
-            raise BiasCompensationError(
-                f"{places[key].stored.path}: {key} is that of {packed.in_features} x "
-                f"{packed.out_features} weights, the config's of {tuple(own.weight.shape)}."
-            )
-        model.set_submodule(path, packed)
-
-
-def _shapes(own: nn.Module, packed: PackedLinear) -> set[tuple[int, int]]:
-    """The float weight's shape; transformers' Conv1D has it transposed."""
-    widths = packed.out_features, packed.in_features
-    return {widths if isinstance(own, nn.Linear) else widths[::-1]}
 
 
 def _named(
@@ -195,7 +136,7 @@ def _named(
                 folder, f"{len(missing)} tensors have other names there, such as {missing[0]}"
             )
         files = sorted({place.stored.path.name for place in places.values()})
-        raise _missing(folder / files[0] if len(files) == 1 else folder, missing[0])
+        raise no_tensor(folder / files[0] if len(files) == 1 else folder, missing[0])
     for name, place in found.items():
         if place.shape != tensors[name].shape:
             stored = place.stored
@@ -204,12 +145,6 @@ def _named(
                 f"{tuple(tensors[name].shape)}; download or save the checkpoint again."
             )
     return found
-
-
-def _missing(path: Path, name: str) -> BiasCompensationError:
-    return BiasCompensationError(
-        f"{path}: there is no tensor {name}; download or save the checkpoint again."
-    )
 
 
 def _fill(

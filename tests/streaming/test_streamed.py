@@ -20,9 +20,10 @@ from bc_plugin.vectors.weights import weights_of
 
 pytest.importorskip("accelerate")
 
+from bc_plugin.streaming.errors import CannotStream
 from bc_plugin.streaming.lending import Lending, RowsLending
-from bc_plugin.streaming.linear import PackedLinear
-from bc_plugin.streaming.load import CannotStream, open_streamed
+from bc_plugin.streaming.load import open_streamed
+from bc_plugin.streaming.packed import PackedLinear
 
 # Widths that are whole words of any number of bits.
 WIDE = {"intermediate_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 4}

@@ -5,8 +5,10 @@ from pathlib import Path
 import torch
 
 
-def round_to_nearest(source: str, folder: Path, symmetric: bool = True, actorder: bool = False):
-    """Write the model in ``source`` to ``folder``, packed to 4 bits in groups of 32.
+def round_to_nearest(
+    source: str, folder: Path, symmetric: bool = True, actorder: bool = False, bits: int = 4
+) -> None:
+    """Write the model in ``source`` to ``folder``, packed in groups of 32.
 
     Args:
         actorder: Whether groups are of any input channels.
@@ -23,7 +25,7 @@ def round_to_nearest(source: str, folder: Path, symmetric: bool = True, actorder
     model = AutoModelForCausalLM.from_pretrained(source)
     order = {"actorder": "group"} if actorder else {}
     weights = QuantizationArgs(
-        num_bits=4, strategy="group", group_size=32, symmetric=symmetric, **order
+        num_bits=bits, strategy="group", group_size=32, symmetric=symmetric, **order
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     config = QuantizationConfig(
@@ -32,14 +34,14 @@ def round_to_nearest(source: str, folder: Path, symmetric: bool = True, actorder
     apply_quantization_config(model, config)
     for module in model.modules():
         if hasattr(module, "weight_scale"):
-            _set_grid(module, symmetric, actorder)
+            _set_grid(module, symmetric, actorder, bits)
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     model.save_pretrained(folder)
     compressor.update_config(folder)
 
 
-def _set_grid(module: torch.nn.Module, symmetric: bool, actorder: bool) -> None:
+def _set_grid(module: torch.nn.Module, symmetric: bool, actorder: bool, bits: int) -> None:
     weight = module.weight.detach()
     order = torch.arange(weight.shape[1])
     if actorder:
@@ -47,9 +49,10 @@ def _set_grid(module: torch.nn.Module, symmetric: bool, actorder: bool) -> None:
         module.weight_g_idx.data[order] = (torch.arange(len(order)) // 32).to(module.weight_g_idx)
     groups = weight[:, order].view(len(weight), -1, 32)
     if symmetric:
-        module.weight_scale.data = groups.abs().amax(-1) / 7.5
+        module.weight_scale.data = groups.abs().amax(-1) / ((2**bits - 1) / 2)
         return
     low, high = groups.aminmax(dim=-1)
-    module.weight_scale.data = (high - low) / 15
-    zeros = (-8 - low / module.weight_scale).round().clamp(-8, 7)
+    module.weight_scale.data = (high - low) / (2**bits - 1)
+    half = 2 ** (bits - 1)
+    zeros = (-half - low / module.weight_scale).round().clamp(-half, half - 1)
     module.weight_zero_point.data = zeros.to(module.weight_zero_point)

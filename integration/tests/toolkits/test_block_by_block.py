@@ -1,4 +1,4 @@
-"""Checkpoints of GPTQModel that ``bc-plugin compensate`` reads block by block."""
+"""Checkpoints that ``bc-plugin compensate`` reads block by block, as toolkits write them."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 pytest.importorskip("gptqmodel", reason="needs the gptq extra")
 
 from rig.quantizers import with_gptqmodel
+from rig.quantizers.with_compressed_tensors import round_to_nearest
 from rig.subjects.tiny import logits, sequences, tiny_inputs
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +15,7 @@ import bc_plugin
 from bc_plugin import Compensation
 from bc_plugin.cli import app
 from bc_plugin.streaming import load
+from bc_plugin.streaming.errors import CannotStream
 from bc_plugin.toolkits.load import keeping_weights
 from bc_plugin.vectors.weights import weights_of
 
@@ -22,19 +24,29 @@ SETTINGS = {
     "gptq-4": {"bits": 4, "group_size": 32, "desc_act": True, "act_group_aware": False},
     "awq": {"bits": 4, "group_size": 32, "method": "awq", "format": "gemm"},
 }
+COMPRESSED = {
+    "compressed-4": {},
+    "compressed-4-ordered": {"symmetric": False, "actorder": True},
+    "compressed-3": {"symmetric": False, "bits": 3},
+    "compressed-8": {"bits": 8},
+}
+KEEP_SCALES = {"gptq-3", *COMPRESSED}  # where the loaded model's kernel does not repack them
 # How far logits may be off, relative to their norm. The whole model's kernel is the one that
 # transformers chooses: of 3 bits it multiplies as we do, of 4 bits PyTorch's, in bfloat16.
-OFF = {"gptq-3": 1e-6, "gptq-4": 0.05, "awq": 0.05}
+OFF = {"gptq-4": 0.05, "awq": 0.05}
 
 
-@pytest.fixture(scope="module", params=SETTINGS)
+@pytest.fixture(scope="module", params=[*SETTINGS, *COMPRESSED])
 def quantized(request, tmp_path_factory):
     """Which format, and a folder with a float model, its text, and a quantized checkpoint."""
     folder = tmp_path_factory.mktemp(request.param)
     tiny_inputs(folder, 12)
-    settings = SETTINGS[request.param]
-    qmodel = with_gptqmodel.quantize(str(folder / "float"), sequences(), None, settings)
-    with_gptqmodel.save(qmodel, folder / "quantized")
+    source, out = str(folder / "float"), folder / "quantized"
+    if request.param in COMPRESSED:
+        round_to_nearest(source, out, **COMPRESSED[request.param])
+    else:
+        qmodel = with_gptqmodel.quantize(source, sequences(), None, SETTINGS[request.param])
+        with_gptqmodel.save(qmodel, out)
     return request.param, folder
 
 
@@ -43,7 +55,7 @@ def test_a_streamed_pass_gives_the_checkpoint_of_a_loaded_one(
     quantized, tmp_path, monkeypatch, enabled, scales
 ):
     kind, folder = quantized
-    if scales and kind != "gptq-3":
+    if scales and kind not in KEEP_SCALES:
         pytest.skip("the loaded model's kernel has repacked its scales")
 
     def compensated(out):
@@ -54,13 +66,13 @@ def test_a_streamed_pass_gives_the_checkpoint_of_a_loaded_one(
         return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
 
     def unknown(folder, *_, **__):
-        raise load.CannotStream(folder, "not now")
+        raise CannotStream(folder, "not now")
 
     found = logits(compensated(tmp_path / "streamed"))
     with monkeypatch.context() as patch:
         patch.setattr(load, "open_streamed", unknown)
         expected = logits(compensated(tmp_path / "whole"))
-    assert (found - expected).norm() < OFF[kind] * expected.norm()
+    assert (found - expected).norm() < OFF.get(kind, 1e-6) * expected.norm()
     one, other = (Compensation.load(tmp_path / name) for name in ("streamed", "whole"))
     assert one.digest == other.digest and one.vectors.keys() == other.vectors.keys()
     assert one.scales == other.scales == bool(scales)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..models.packed import LEAVES, channel_parts, integers_of, packed_widths
+from ..vectors.lazy import LazyTensor
 
-TENSORS = (*LEAVES, "bias")
 IT = "it"  # a linear of a checkpoint that has no other
 
 
@@ -20,16 +20,43 @@ class PackedLinear(nn.Module):
     Tensors have the names, shapes and types of the file, so their digest is that of any loader.
 
     Args:
-        tensors: By their names; on the meta device they are filled later.
+        stored: What the file has of it, by name.
         settings: The checkpoint's ``quantization_config``, of GPTQ or AWQ.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    INTEGERS = "qweight"
+    TENSORS = (*LEAVES, "bias")
+
+    def __init__(self, stored: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> None:
         super().__init__()
         self.settings = settings
-        for name in TENSORS:
-            self.register_buffer(name, tensors.get(name))
+        for name in self.TENSORS:
+            self.register_buffer(name, stored[name].empty() if name in stored else None)
         self.in_features, self.out_features = packed_widths(self._checkpoint(), IT, settings)
+
+    @staticmethod
+    def settings_of(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Those of a checkpoint in a known format.
+
+        Raises:
+            ValueError: it is in another one.
+        """
+        layout = settings.get("checkpoint_format") or settings.get("format")
+        layout = (layout or settings.get("version") or "gemm").lower()
+        known = ("gemm",) if settings["quant_method"] == "awq" else ("gptq", "gptq_v2", "gemm")
+        words = settings.get("pack_dtype", "int32")
+        if layout not in known or settings.get("dynamic") or words != "int32":
+            raise ValueError(
+                f"it is in the format {layout!r} of {settings['quant_method']}, known are GPTQ and "
+                "AWQ (gemm) with 32-bit words and one width"
+            )
+        return settings
+
+    @staticmethod
+    def needed(settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the tensors without which there is no weight."""
+        own = ("g_idx",) if settings["quant_method"] == "gptq" else ()
+        return ("qweight", "qzeros", "scales", *own)
 
     def _checkpoint(self) -> dict[str, Tensor]:
         found = {f"{IT}.{name}": getattr(self, name) for name in LEAVES}
