@@ -83,7 +83,7 @@ def stream_or(load: Callable[..., Any]) -> Callable[..., Any]:
         device = "auto" if device_map in SPREAD else device_map
         with _told(argument, name, "read", "a causal language model that transformers loads"):
             try:
-                folder = _folder_of(name)
+                folder = folder_of(name)
                 return open_streamed(folder, dtype, device, kind=AutoModelForCausalLM)
             except CannotStream as error:
                 tqdm.write(f"{argument} {name} is loaded whole: {error.why}.")
@@ -92,7 +92,7 @@ def stream_or(load: Callable[..., Any]) -> Callable[..., Any]:
     return open_model
 
 
-def _folder_of(name: str | Path) -> Path:
+def folder_of(name: str | Path) -> Path:
     """A folder as it is; of a name on the hub its files in the cache, which get there."""
     if Path(name).is_dir():
         return Path(name)

@@ -15,7 +15,7 @@ from ..names import KEY
 from ..refinement.config import RefinementConfig
 from .arguments import check_loading, float_config, model_config, text_of
 from .gguf import refine_file
-from .inputs import float_inputs, load_as_stored
+from .inputs import float_inputs, folder_of, load_as_stored, load_model, stream_or
 from .options import (
     BatchTokens,
     CalibrationData,
@@ -101,15 +101,16 @@ def refine(
         from ..refinement.progress import about_to_place, delete_progress
 
         enable("transformers")
+        opened = stream_or if by == "block" else lambda load: load
         tokenizer, calibration, reference = float_inputs(
-            float_model, text, length, samples, dtype, device_map
+            float_model, text, length, samples, dtype, device_map, opened(load_model)
         )
         if by == "model":  # what it predicts is all that is needed of it
             logits = started / "float_logits"
             reference = record_float_logits(reference, calibration, config, folder=logits)
-        model = load_as_stored("COMPENSATED", compensated, dtype, device_map)
-        if Compensation.attached_to(model) is None:
-            raise _not_compensated(compensated)
+        model = opened(load_as_stored)("COMPENSATED", compensated, dtype, device_map)
+        if Compensation.attached_to(model) is None:  # left in its files, as the weights are
+            Compensation.load(folder_of(compensated)).attach(model)
         refined = run(model, reference, calibration, config, folder=started)
         if part is not None:
             with writing(out, f"The training is kept in {started}"):
@@ -140,12 +141,8 @@ def _require_compensated(name: str) -> None:
     """An error before the float model has run, which takes long."""
     config = model_config("COMPENSATED", name)
     if KEY not in (config.get("quantization_config") or config):
-        raise _not_compensated(name)
-
-
-def _not_compensated(name: str) -> BiasCompensationError:
-    return BiasCompensationError(
-        f"{name} is not compensated: the quantization_config in its config.json has no entry "
-        "bias_compensation. Name the compensated checkpoint first, then the float model; "
-        "`bc-plugin compensate` makes one of a quantized checkpoint."
-    )
+        raise BiasCompensationError(
+            f"{name} is not compensated: the quantization_config in its config.json has no entry "
+            "bias_compensation. Name the compensated checkpoint first, then the float model; "
+            "`bc-plugin compensate` makes one of a quantized checkpoint."
+        )

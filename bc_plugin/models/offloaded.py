@@ -13,14 +13,19 @@ from .modules import stored_tensors
 
 
 def lent(model: nn.Module, name: str) -> AbstractContextManager[None]:
-    """While it lasts a block of a streamed model has its weights; any other block has them anyway.
+    """While it lasts a module of a streamed model has its weights; any other has them anyway.
 
     Args:
-        name: Path of the block.
+        name: Path of a block, or of something within one, whose weights come with the block's.
     """
-    block = model.get_submodule(name)
-    lend = _lend(block)
-    return nullcontext() if lend is None else lend(block)
+    while True:
+        module = model.get_submodule(name)
+        lend = _lend(module)
+        if lend is not None:
+            return lend(module)
+        if not name:
+            return nullcontext()
+        name = name.rpartition(".")[0]
 
 
 def _lend(module: nn.Module) -> Callable[[nn.Module], AbstractContextManager[None]] | None:

@@ -14,6 +14,7 @@ from ..models.blocks import Blocks, find_blocks
 from ..models.calls import BlockCalls
 from ..models.float_blocks import BlockSnapshot, LiveBlocks, float_blocks_of
 from ..models.modules import device_of, dtype_of
+from ..models.offloaded import lent
 from ..models.predictions import next_token_log_probabilities
 from ..models.record import record_calls, skipped_blocks
 from ..models.tracker import PositionTracker
@@ -61,12 +62,13 @@ def train_by_block(
     steps = 0
     with tqdm(total=config.steps * len(blocks.names), desc="Refining blocks") as bar:
         for number, name in enumerate(blocks.names):
-            block = copy_to_run(model.get_submodule(name)).eval()
-            targets = _targets(source, name, number, stream, device_of(block))
-            own = _sites_within(block, name, compensation)
-            tracker = PositionTracker(compensation.positions)
-            trainer = _Block(block, number, stream, given, targets, dtype_of(model), tracker)
             with ExitStack() as stack:
+                stack.enter_context(lent(model, name))
+                block = copy_to_run(model.get_submodule(name)).eval()
+                targets = _targets(source, name, number, stream, device_of(block))
+                own = _sites_within(block, name, compensation)
+                tracker = PositionTracker(compensation.positions)
+                trainer = _Block(block, number, stream, given, targets, dtype_of(model), tracker)
                 stack.enter_context(frozen(block))
                 stack.enter_context(differentiable([block], trainer.dtype, False))
                 pair = {name: (block, model.get_submodule(name))}

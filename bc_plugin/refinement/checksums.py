@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..models.float_blocks import BlockSnapshot
 from ..models.modules import stored_tensors
+from ..models.offloaded import stored_value
 
 # What of a config says nothing about what its model computes, or changes as it is used.
 NOT_THE_MODEL = ("transformers_version", "use_cache", "dtype", "torch_dtype")
@@ -41,7 +41,7 @@ def model_checksum(model: nn.Module) -> str:
         settings = {k: v for k, v in config.to_dict().items() if k not in NOT_THE_MODEL}
         settings = {k: v for k, v in settings.items() if not k.startswith("_")}
         _add(found, json.dumps(settings, sort_keys=True, default=str))
-    for name, tensor in _weights("", model):
+    for name, tensor in _weights(model):
         _add(found, [name, tensor])
     return found.hexdigest()[:32]
 
@@ -58,7 +58,7 @@ def snapshot_checksum(blocks: BlockSnapshot) -> str:
 def surroundings_checksum(model: nn.Module, lists: Sequence[str]) -> str:
     """A fingerprint of a model's weights outside of its lists of blocks."""
     found = hashlib.sha256()
-    for name, tensor in _weights("", model, lists):
+    for name, tensor in _weights(model, lists):
         _add(found, [name, tensor])
     return found.hexdigest()[:32]
 
@@ -84,32 +84,17 @@ def _add(found: Any, value: Any) -> None:
         found.update(f"{len(text)}:".encode() + text)
 
 
-def _weights(
-    path: str, module: nn.Module, without: Sequence[str] = ()
-) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers, by name, also those that accelerate keeps elsewhere.
+def _weights(model: nn.Module, without: Sequence[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers, by name, also those that are kept elsewhere.
 
     Args:
         without: Paths of modules that are left out.
     """
-    with _in_place(module):
-        own = {**module._parameters, **module._buffers}
-        for name, tensor in own.items():
+    inside = tuple(f"{path}." for path in without)
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path in without or path.startswith(inside):
+            continue
+        for name, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is not None and name not in module._non_persistent_buffers_set:
-                yield path + name, tensor
-        for name, child in module.named_children():
-            if path + name not in without:
-                yield from _weights(f"{path}{name}.", child, without)
-
-
-@contextmanager
-def _in_place(module: nn.Module) -> Iterator[None]:
-    hook = getattr(module, "_hf_hook", None)
-    if hook is None:
-        yield
-        return
-    hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        hook.post_forward(module, None)
+                full = f"{path}.{name}" if path else name
+                yield full, stored_value(model, full)

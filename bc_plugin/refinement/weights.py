@@ -24,6 +24,7 @@ from ..models.integers import (
     stored_scales,
 )
 from ..models.modules import device_of
+from ..models.offloaded import lent
 from .parameters import Trained
 
 NO_SCALES = (
@@ -224,8 +225,10 @@ def write_weights(model: nn.Module, values: Mapping[str, Tensor]) -> bool:
     for name, value in values.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        own = stored_scales(path, module)[0] if leaf == "scales" else getattr(module, leaf).detach()
-        before = own.clone()
-        overwrite(own, value)
-        changed |= not torch.equal(own, before)
+        with lent(model, path):
+            scales = leaf == "scales"
+            own = stored_scales(path, module)[0] if scales else getattr(module, leaf).detach()
+            before = own.clone()
+            overwrite(own, value)
+            changed |= not torch.equal(own, before)
     return changed

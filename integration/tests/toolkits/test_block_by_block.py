@@ -59,23 +59,48 @@ def test_a_streamed_pass_gives_the_checkpoint_of_a_loaded_one(
         pytest.skip("the loaded model's kernel has repacked its scales")
 
     def compensated(out):
-        arguments = ("compensate", folder / "quantized", folder / "float", out, *scales)
-        data = ("--dataset", folder / "text.txt", "--length", 24, "--dtype", "float32")
-        CliRunner().invoke(app, [str(a) for a in (*arguments, *data)], catch_exceptions=False)
-        bc_plugin.enable()
-        return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-
-    def unknown(folder, *_, **__):
-        raise CannotStream(folder, "not now")
+        return _made("compensate", folder, folder / "quantized", out, *scales)
 
     found = logits(compensated(tmp_path / "streamed"))
     with monkeypatch.context() as patch:
-        patch.setattr(load, "open_streamed", unknown)
+        patch.setattr(load, "open_streamed", _unknown)
         expected = logits(compensated(tmp_path / "whole"))
     assert (found - expected).norm() < OFF.get(kind, 1e-6) * expected.norm()
     one, other = (Compensation.load(tmp_path / name) for name in ("streamed", "whole"))
     assert one.digest == other.digest and one.vectors.keys() == other.vectors.keys()
     assert one.scales == other.scales == bool(scales)
+
+
+def test_a_streamed_refinement_gives_the_checkpoint_of_a_loaded_one(
+    quantized, tmp_path, monkeypatch, enabled
+):
+    kind, folder = quantized
+    start = tmp_path / "start"
+    _made("compensate", folder, folder / "quantized", start)
+
+    def refined(out):
+        return _made("refine", folder, start, out, "--by", "block", "--steps", 4)
+
+    found = logits(refined(tmp_path / "streamed"))
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "open_streamed", _unknown)
+        expected = logits(refined(tmp_path / "whole"))
+    assert (found - expected).norm() < OFF.get(kind, 1e-5) * expected.norm()
+    one, other = (Compensation.load(tmp_path / name) for name in ("streamed", "whole"))
+    assert one.digest == other.digest and one.refined["steps"] == other.refined["steps"]
+
+
+def _made(command, folder, source, out, *more):
+    """What a command makes of a checkpoint, loaded."""
+    arguments = (command, source, folder / "float", out, *more)
+    data = ("--dataset", folder / "text.txt", "--length", 24, "--dtype", "float32")
+    CliRunner().invoke(app, [str(a) for a in (*arguments, *data)], catch_exceptions=False)
+    bc_plugin.enable()
+    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+
+
+def _unknown(folder, *_, **__):
+    raise CannotStream(folder, "not now")
 
 
 def test_digests_are_those_of_the_toolkits_loader(quantized, enabled):
