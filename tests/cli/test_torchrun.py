@@ -32,6 +32,16 @@ COMMANDS = {
     ),
     "a.gguf": ("compensate", "{0}/model.gguf", "{0}/blocks-of-32", "{1}", *TEXT),
     "refine": ("refine", "{0}/compensated", "{0}/float", "{1}", *TEXT, "--steps", 2),
+    "by block": (
+        "refine",
+        "{0}/compensated",
+        "{0}/float",
+        "{1}",
+        *TEXT,
+        "--steps=2",
+        "--by=block",
+        "--train=vectors norms",
+    ),
 }
 
 
@@ -59,7 +69,7 @@ def _run(rank, name, folder, out):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("compensate", 2), ("few", 3), ("self", 2), ("a.gguf", 2), ("refine", 3)],
+    [("compensate", 2), ("few", 3), ("self", 2), ("a.gguf", 2), ("refine", 3), ("by block", 2)],
 )
 def test_what_is_written_is_what_one_process_writes(folder, tmp_path, name, count):
     (tmp_path / "one").mkdir()
