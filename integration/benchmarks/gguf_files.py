@@ -52,7 +52,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--trained", type=int, default=256, help="sequences of the refinement")
     parser.add_argument("--evaluated", type=int, default=12, help="held-out sequences")
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=15, help="of the speeds")
     return parser.parse_args()
 
 
@@ -79,17 +79,23 @@ def main() -> None:
     refinement = logits, data, config
     predicted = _log_probabilities(whole, held_out)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    settings = {k: v for k, v in vars(options).items() if k not in ("kinds", "turns")}
+    shown = []
     for kind in options.kinds:
         for matrix in (None, imatrix):
             name = f"{kind}{', imatrix' if matrix else ''}"
-            key = f"{name}, {vars(options)}"
+            key = f"{name}, {settings}"
+            path = FOLDER / f"{kind}{'-imatrix' if matrix else ''}.gguf"
             if key not in results:
-                path = FOLDER / f"{kind}{'-imatrix' if matrix else ''}.gguf"
                 with_llama_cpp.quantize(whole, path, kind, matrix)
                 found = _measure(path, float_model, few, refinement, held_out, predicted, options)
                 results[key] = {"name": name, **found}
                 RESULTS.write_text(json.dumps(results))
-    _print([found for key, found in results.items() if key.endswith(f", {vars(options)}")])
+            if len(results[key].get("speeds", [[]])[0]) < options.turns:
+                results[key]["speeds"] = _speeds(path, options)
+                RESULTS.write_text(json.dumps(results))
+            shown.append(results[key])
+    _print(shown)
 
 
 def _measure(path, float_model, few, refinement, held_out, predicted, options) -> dict:
@@ -99,7 +105,7 @@ def _measure(path, float_model, few, refinement, held_out, predicted, options) -
     model = load_model(file, config=float_model.config)
     only = places.__contains__
     compensation = bc_plugin.compensate(model, float_model, few, SETTINGS, only=only)
-    compensated = path.with_name(f"{path.stem}-compensated.gguf")
+    compensated = _compensated(path)
     kept = write_compensated(file, compensated, compensation)
     verify(file, compensated, model, kept)
     kept.attach_unchecked(model)
@@ -108,15 +114,22 @@ def _measure(path, float_model, few, refinement, held_out, predicted, options) -
     trained = path.with_name(f"{path.stem}-refined.gguf")
     verify(file, trained, model, write_compensated(file, trained, refined))
     rows = {"as it was": path, "compensated": compensated, "refined": trained}
-    turns = with_llama_cpp.speeds(
-        [path, compensated], FOLDER, options.turns, options.length // 2, options.length // 8
-    )
     return {
         "types": file.types(),
         "bytes": {name: each.stat().st_size for name, each in rows.items()},
         "rows": {name: _against(each, held_out, predicted) for name, each in rows.items()},
-        "speeds": turns,
     }
+
+
+def _speeds(path: Path, options: argparse.Namespace) -> list:
+    """Tokens per second of the file as it was and compensated, in turns."""
+    files = [path, _compensated(path)]
+    lengths = options.length // 2, options.length // 8
+    return with_llama_cpp.speeds(files, FOLDER, options.turns, *lengths)
+
+
+def _compensated(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-compensated.gguf")
 
 
 def _against(path: Path, held_out: Tensor, predicted: Tensor) -> dict[str, float]:
