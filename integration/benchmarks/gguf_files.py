@@ -46,7 +46,7 @@ RESULTS = FOLDER / "results.json"
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kinds", nargs="+", default=["Q4_0", "Q3_K_S", "Q2_K"])
+    parser.add_argument("--kinds", nargs="+", default=["Q4_0", "Q2_K"])
     parser.add_argument("--length", type=int, default=512, help="tokens in a sequence")
     parser.add_argument("--calibrated", type=int, default=32, help="sequences of the closed form")
     parser.add_argument("--trained", type=int, default=256, help="sequences of the refinement")
@@ -95,7 +95,7 @@ def main() -> None:
                 results[key]["speeds"] = _speeds(path, options)
                 RESULTS.write_text(json.dumps(results))
             shown.append(results[key])
-    _print(shown)
+    _print(shown, _perplexity(predicted, held_out))
 
 
 def _measure(path, float_model, few, refinement, held_out, predicted, options) -> dict:
@@ -135,21 +135,25 @@ def _compensated(path: Path) -> Path:
 def _against(path: Path, held_out: Tensor, predicted: Tensor) -> dict[str, float]:
     """Perplexity in llama.cpp, and KL from what the float file predicts there."""
     found = _log_probabilities(path, held_out)
-    loss = -found.gather(-1, held_out[:, 1:, None]).double().mean().item()
     pairs = zip(predicted, found, strict=True)
     divergence = sum((p.exp() * (p - q)).double().sum().item() for p, q in pairs)
-    return {"perplexity": math.exp(loss), "kl": divergence / found[..., 0].numel()}
+    return {"perplexity": _perplexity(found, held_out), "kl": divergence / found[..., 0].numel()}
+
+
+def _perplexity(found: Tensor, held_out: Tensor) -> float:
+    return math.exp(-found.gather(-1, held_out[:, 1:, None]).double().mean().item())
 
 
 def _log_probabilities(path: Path, held_out: Tensor) -> Tensor:
     return llama_cpp_logits(path, held_out)[:, :-1].log_softmax(-1)
 
 
-def _print(found: list[dict]) -> None:
+def _print(found: list[dict], perplexity: float) -> None:
     console = Console()
     types = Table("file", "tensors", "MB", title="What each tensor became")
     quality = Table("file", "", "perplexity", "KL", "KL, of as it was", title="In llama.cpp")
     speed = Table("file", "prompt", "generation", title="Tokens per second, compensated over not")
+    quality.add_row("F32", "", f"{perplexity:.2f}")
     for each in found:
         tensors = ", ".join(f"{count} {name}" for name, count in each["types"].items())
         types.add_row(each["name"], tensors, f"{each['bytes']['as it was'] / 1e6:.1f}")
