@@ -39,7 +39,8 @@ def keep(name: str, again: bool, measure: Callable[[], dict[str, Any]]) -> dict[
 def passes(given: argparse.Namespace, only: tuple[str, ...]) -> list[dict[str, Any]]:
     """The rows of the table of memory."""
     shape, fewest = given.shape, min(given.layers)
-    wanted = [(shape, count, 4 * LENGTH) for count in given.layers if "layers" in only]
+    rows = [(shape, count, given.sequences * LENGTH) for count in given.layers]
+    wanted = rows if "layers" in only else []
     wanted += [(shape, fewest, tokens * LENGTH) for tokens in (2, 4) if "tokens" in only]
     large = "70b" if shape == "8b" else shape
     wanted += [(large, 2, 4 * LENGTH)] if "70b" in only else []
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--sequences", type=int, default=4, help=f"of {LENGTH} tokens, with those")
     parser.add_argument("--vocabulary", type=int, help="instead of the shape's")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--moments", type=int, default=MOMENTS)
