@@ -7,20 +7,18 @@ from math import lcm
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from ..models.packed import AT_ONCE, WORD
 from ..vectors.lazy import LazyTensor
+from .stored import StoredLinear
 
 FORMAT = "pack-quantized"
 SHAPE, ZEROS = "weight_shape", "weight_zero_point"
 
 
-class CompressedLinear(nn.Module):
+class CompressedLinear(StoredLinear):
     """Integers, scales and zero points, of which compressed-tensors makes its weight, in parts.
-
-    Tensors have the names, shapes and types of the file, so their digest is that of any loader.
 
     Args:
         stored: What the file has of it, by name.
@@ -32,14 +30,11 @@ class CompressedLinear(nn.Module):
     """
 
     INTEGERS = "weight_packed"
-    LEAVES = (INTEGERS, "weight_scale", ZEROS, "weight_g_idx", SHAPE)
-    TENSORS = (*LEAVES, "bias")
+    TENSORS = (INTEGERS, "weight_scale", ZEROS, "weight_g_idx", SHAPE, "bias")
 
     def __init__(self, stored: Mapping[str, LazyTensor], scheme: Any) -> None:
-        super().__init__()
+        super().__init__(stored)
         self.scheme = scheme
-        for name in self.TENSORS:
-            self.register_buffer(name, stored[name].empty() if name in stored else None)
         self.out_features, self.in_features = stored[SHAPE].read().tolist()
         words = _words(self.in_features, scheme, 1)
         expected = self.out_features, words
@@ -77,15 +72,7 @@ class CompressedLinear(nn.Module):
         zeros = () if scheme.weights.symmetric else (ZEROS,)
         return (cls.INTEGERS, "weight_scale", SHAPE, *zeros)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """``inputs``, (..., in_features), times the weight, plus the bias; in the inputs' type."""
-        output = inputs.new_empty(*inputs.shape[:-1], self.out_features)
-        for channels, weight in self._weights(inputs.dtype):
-            output[..., channels] = functional.linear(inputs, weight)
-        return output if self.bias is None else output.add_(self.bias.to(inputs))
-
     def _weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Some channels, and their weight, (channels, in_features)."""
         from compressed_tensors.compressors.base import BaseCompressor
 
         compressor = BaseCompressor.get_value_from_registry(FORMAT)

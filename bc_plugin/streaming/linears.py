@@ -13,6 +13,7 @@ from ..vectors.lazy import LazyTensor
 from .compressed import CompressedLinear
 from .errors import CannotStream, no_tensor
 from .packed import PackedLinear
+from .stored import StoredLinear
 
 METHODS = {"gptq": PackedLinear, "awq": PackedLinear, "compressed-tensors": CompressedLinear}
 
@@ -51,9 +52,9 @@ def _packed(
     model: nn.Module,
     path: str,
     places: Mapping[str, LazyTensor],
-    kind: type[PackedLinear | CompressedLinear],
+    kind: type[StoredLinear],
     known: Any,
-) -> nn.Module:
+) -> StoredLinear:
     key = f"{path}.{kind.INTEGERS}"
     file = places[key].stored.path
     stored = {name: places[f"{path}.{name}"] for name in kind.TENSORS if f"{path}.{name}" in places}
@@ -78,7 +79,7 @@ def _packed(
     return packed
 
 
-def _shapes(own: nn.Module, packed: nn.Module) -> set[tuple[int, int]]:
+def _shapes(own: nn.Module, packed: StoredLinear) -> set[tuple[int, int]]:
     """The float weight's shape; transformers' Conv1D has it transposed."""
     widths = packed.out_features, packed.in_features
     return {widths if isinstance(own, nn.Linear) else widths[::-1]}

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn import functional
+import torch
+from torch import Tensor
 
 from ..models.packed import LEAVES, channel_parts, integers_of, packed_widths
 from ..vectors.lazy import LazyTensor
+from .stored import StoredLinear
 
 IT = "it"  # a linear of a checkpoint that has no other
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(StoredLinear):
     """Integers, zero points and scales, of which it makes its weight, some channels at a time.
-
-    Tensors have the names, shapes and types of the file, so their digest is that of any loader.
 
     Args:
         stored: What the file has of it, by name.
@@ -28,10 +27,8 @@ class PackedLinear(nn.Module):
     TENSORS = (*LEAVES, "bias")
 
     def __init__(self, stored: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> None:
-        super().__init__()
+        super().__init__(stored)
         self.settings = settings
-        for name in self.TENSORS:
-            self.register_buffer(name, stored[name].empty() if name in stored else None)
         self.in_features, self.out_features = packed_widths(self._checkpoint(), IT, settings)
 
     @staticmethod
@@ -62,12 +59,9 @@ class PackedLinear(nn.Module):
         found = {f"{IT}.{name}": getattr(self, name) for name in LEAVES}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """``inputs``, (..., in_features), times the weight, plus the bias; in the inputs' type."""
-        output = inputs.new_empty(*inputs.shape[:-1], self.out_features)
+    def _weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         for channels, part in channel_parts(self._checkpoint(), IT, self.settings):
-            output[..., channels] = functional.linear(inputs, self._weight(part).to(inputs))
-        return output if self.bias is None else output.add_(self.bias.to(inputs))
+            yield channels, self._weight(part).to(dtype)
 
     def _weight(self, part: Mapping[str, Tensor]) -> Tensor:
         """Of some channels, (channels, in_features), in the scales' type, as kernels make it."""

@@ -61,10 +61,7 @@ def test_a_streamed_pass_gives_the_checkpoint_of_a_loaded_one(
     def compensated(out):
         return _made("compensate", folder, folder / "quantized", out, *scales)
 
-    found = logits(compensated(tmp_path / "streamed"))
-    with monkeypatch.context() as patch:
-        patch.setattr(load, "open_streamed", _unknown)
-        expected = logits(compensated(tmp_path / "whole"))
+    found, expected = _streamed_and_whole(compensated, tmp_path, monkeypatch)
     assert (found - expected).norm() < OFF.get(kind, 1e-6) * expected.norm()
     one, other = (Compensation.load(tmp_path / name) for name in ("streamed", "whole"))
     assert one.digest == other.digest and one.vectors.keys() == other.vectors.keys()
@@ -81,13 +78,18 @@ def test_a_streamed_refinement_gives_the_checkpoint_of_a_loaded_one(
     def refined(out):
         return _made("refine", folder, start, out, "--by", "block", "--steps", 4)
 
-    found = logits(refined(tmp_path / "streamed"))
-    with monkeypatch.context() as patch:
-        patch.setattr(load, "open_streamed", _unknown)
-        expected = logits(refined(tmp_path / "whole"))
+    found, expected = _streamed_and_whole(refined, tmp_path, monkeypatch)
     assert (found - expected).norm() < OFF.get(kind, 1e-5) * expected.norm()
     one, other = (Compensation.load(tmp_path / name) for name in ("streamed", "whole"))
     assert one.digest == other.digest and one.refined["steps"] == other.refined["steps"]
+
+
+def _streamed_and_whole(make, folder, monkeypatch):
+    """Logits of what is made in both ways, in ``streamed`` and ``whole``."""
+    found = logits(make(folder / "streamed"))
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "open_streamed", _unknown)
+        return found, logits(make(folder / "whole"))
 
 
 def _made(command, folder, source, out, *more):
