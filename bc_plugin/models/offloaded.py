@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
@@ -18,14 +18,20 @@ def lent(model: nn.Module, name: str) -> AbstractContextManager[None]:
     Args:
         name: Path of a block, or of something within one, whose weights come with the block's.
     """
-    while True:
-        module = model.get_submodule(name)
+    for path in outwards(name):
+        module = model.get_submodule(path)
         lend = _lend(module)
         if lend is not None:
             return lend(module)
-        if not name:
-            return nullcontext()
-        name = name.rpartition(".")[0]
+    return nullcontext()
+
+
+def outwards(path: str) -> Iterator[str]:
+    """A module's path, and those of the modules around it, up to the model's own."""
+    yield path
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def _lend(module: nn.Module) -> Callable[[nn.Module], AbstractContextManager[None]] | None:
@@ -60,15 +66,13 @@ def stored_value(model: nn.Module, name: str) -> Tensor:
     tensor = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
     if not tensor.is_meta:
         return tensor.detach()
-    while True:  # the hook that lends it may be that of a module around its own
-        kept = _kept_elsewhere(model.get_submodule(path))
-        relative = name[len(path) + 1 :] if path else name
+    for around in outwards(path):  # whose hook lends it
+        kept = _kept_elsewhere(model.get_submodule(around))
+        relative = name[len(around) + 1 :] if around else name
         with suppress(KeyError):
             if kept is not None:
                 return kept[relative].detach()
-        if not path:
-            raise _not_in_memory(model, name)
-        path = path.rpartition(".")[0]
+    raise _not_in_memory(model, name)
 
 
 def _kept_elsewhere(module: nn.Module) -> Mapping[str, Tensor] | None:

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import BiasCompensationError
 from ..models.blocks import find_block_lists
 from ..models.modules import device_of, dtype_of
+from ..models.offloaded import outwards
 from ..models.tracker import PositionTracker, Tracking
 from .contents import Contents
 from .entry import entry_of, set_entry
@@ -70,11 +71,8 @@ def _put_in_place(attachment: Attachment, model: nn.Module) -> None:
 
 def _device_at(model: nn.Module, name: str) -> torch.device:
     """Where the module of this path computes, also if one around it is lent its weights."""
-    device = device_of(model.get_submodule(name))
-    while device.type == "meta" and name:
-        name = name.rpartition(".")[0]
-        device = device_of(model.get_submodule(name))
-    return device
+    devices = (device_of(model.get_submodule(path)) for path in outwards(name))
+    return next((device for device in devices if device.type != "meta"), torch.device("meta"))
 
 
 def detach(compensation: Contents, model: Any) -> nn.Module:
