@@ -156,7 +156,7 @@ benchmark-threads: setup
 benchmark-scale: setup
 	PYTHONPATH=integration OMP_NUM_THREADS=2 $(BIN)/python integration/benchmarks/scale.py $(ARGS)
 
-# Every toolkit in one table; about an hour and a half on two cores.
+# Every toolkit in one table; some hours on two cores. What was measured is not measured again.
 benchmark-toolkits: setup setup-legacy setup-llmcompressor
 	$(BIN)/pip install --quiet --no-deps auto-round==0.16.1 py-cpuinfo==9.0.0
 	PYTHONPATH=integration $(BIN)/python integration/benchmarks/every_toolkit.py \
