@@ -79,6 +79,21 @@ def test_a_learning_rate_far_too_large_does_no_harm(by):
 
 
 @pytest.mark.parametrize("by", ["model", "block"])
+@pytest.mark.parametrize("architecture", ["llama", "opt"])  # a block's vector is fixed, or not
+def test_vectors_that_do_harm_are_given_up(architecture, by):
+    model, quantized = compensated(architecture, dtype="float32")
+    wrong = Compensation.attached_to(quantized)
+    wrong.detach(quantized)
+    without = bc_plugin.evaluate(quantized, held_out(), model).kl
+    vectors = {name: -3 * vector for name, vector in wrong.vectors.items()}
+    wrong.replaced(vectors=vectors).attach(quantized)
+    found = refine(quantized, model, by=by, steps=1, learning_rate=1e-9)
+    assert found.refined["before"] > 1.1 * without
+    assert found.refined["after"] == pytest.approx(without, rel=1e-4)
+    assert bc_plugin.evaluate(quantized, held_out(), model).kl == pytest.approx(without, rel=1e-4)
+
+
+@pytest.mark.parametrize("by", ["model", "block"])
 def test_half_precision(by):
     model, quantized = compensated(model_dtype=torch.bfloat16)
     found = refine(quantized, model, by=by)

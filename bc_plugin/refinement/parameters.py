@@ -63,6 +63,11 @@ class TrainedForward(CompensatedForward, Trained):
         """Where training is now, float32 (positions + 1, features)."""
         return self.start + self.scale * self.step
 
+    @torch.no_grad()
+    def take_out(self) -> None:
+        """Move the step to where the vectors are zeros, but for those that cannot move."""
+        self.step.copy_(torch.where(self.scale > 0, -self.start / self.scale, 0))
+
     def _add(self, module: nn.Module, hidden: Tensor, rows: Tensor | None) -> Tensor:
         vectors = self.value().to(hidden.device)
         if rows is None:

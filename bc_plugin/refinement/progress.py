@@ -19,7 +19,7 @@ from .float_logits import BATCHES
 
 RUN, STATES, FLOAT_LOGITS = "refinement.json", "refinement-*.pt", "float_logits"
 RESULT = "result.txt"  # what the training came to, once that is about to be put in place
-VERSION = 2  # of these files; 1 was a development version's
+VERSION = 3  # of these files; 1 and 2 were development versions'
 FLOAT_MODEL = "float model"  # its name among the inputs
 
 

@@ -15,7 +15,7 @@ from ..errors import BiasCompensationError
 from ..ranks import are_several, summed
 from .config import RefinementConfig
 from .data import RefinementData
-from .parameters import Trained
+from .parameters import Trained, TrainedForward
 from .progress import Progress
 
 Loss = Callable[[int], Tensor]
@@ -80,7 +80,8 @@ class Training:
         self.tokens: list[int] = summed([own])[0].tolist()
         self.progress, self.name = progress, name
         # In an order of their own: a compensation that was saved and loaded has another.
-        self.steps = {n: s.step for n, s in sorted(sites.items()) if s.step.requires_grad}
+        self.places = {name: site.step for name, site in sorted(sites.items())}
+        self.steps = {name: step for name, step in self.places.items() if step.requires_grad}
         self.device = next(iter(self.steps.values())).device.type
         self.rates = {
             "vectors": config.learning_rate,
@@ -97,7 +98,7 @@ class Training:
 
     def run(self, bar: tqdm) -> Outcome:
         """Train to the end, or until held-out data sees nothing better for a while."""
-        state = self.progress.read(self.name) or self._look(None, 0)
+        state = self.progress.read(self.name) or self._start()
         self._restore(state)
         bar.update(state["done"])
         while state["done"] < self.config.steps and state["waited"] < self.config.patience:
@@ -109,7 +110,7 @@ class Training:
             self.progress.write(self.name, state)
         bar.update(self.config.steps - state["done"])
         with torch.no_grad():
-            for name, step in self.steps.items():
+            for name, step in self.places.items():
                 step.copy_(state["kept"][name])
             vectors, weights = (
                 {n: s.value() for n, s in self.sites.items() if (s.kind == "vectors") == wanted}
@@ -117,9 +118,24 @@ class Training:
             )
         return Outcome(vectors, state["before"], state["best"], state["done"], weights)
 
+    def _start(self) -> dict[str, Any]:
+        """Where training starts: with the vectors there are, or with none if that is better.
+
+        Each takes out a mean of its own module, which may be what made up for another's: whoever
+        tunes blocks as a whole, as AutoRound does, leaves such.
+        """
+        given = self._look(None, 0)
+        vectors = [site for site in self.sites.values() if isinstance(site, TrainedForward)]
+        if not any(site.step.requires_grad for site in vectors):
+            return given
+        for site in vectors:
+            site.take_out()
+        without = self._look(given, 0)
+        return without if without["best"] < given["best"] else given
+
     def _restore(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
-            for name, step in self.steps.items():
+            for name, step in self.places.items():
                 step.copy_(state["now"][name])
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -138,7 +154,7 @@ class Training:
         }
 
     def _now(self) -> dict[str, Tensor]:
-        return {name: step.detach().cpu().clone() for name, step in self.steps.items()}
+        return {name: step.detach().cpu().clone() for name, step in self.places.items()}
 
     def _batches(self, step: int) -> list[int]:
         """The batches of a step: each epoch in an order of its own."""

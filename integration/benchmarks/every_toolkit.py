@@ -171,13 +171,27 @@ class Measurement:
         attached = Compensation.attached_to(model_of(result))
         assert (attached is not None) == (flag is not None)
         self.pipeline.save(result, folder)
-        return self.pipeline.load(folder)
+        model = self.pipeline.load(folder)
+        return written_out(model, self.reference) if self.pipeline.name == "autoround" else model
 
     def evaluate(self, variant: str, model) -> None:
         reference = None if model is self.reference else self.predictions
         found = bc_plugin.evaluate(model, self.batches, reference)
         self.found[variant] = found.to_dict()
         self.path.write_text(json.dumps(self.found))
+
+
+@torch.no_grad()
+def written_out(model: nn.Module, reference: nn.Module) -> nn.Module:
+    """In float32, with the weights of its quantized linears: AutoRound runs it in float16."""
+    nn.Module.float(model)
+    for path, linear in reference.named_modules():
+        if isinstance(linear, nn.Linear) and hasattr(model.get_submodule(path), "qweight"):
+            weight = model.get_submodule(path)(torch.eye(linear.in_features)).T
+            plain = nn.Linear(*weight.T.shape, bias=False)
+            plain.weight.copy_(weight)
+            model.set_submodule(path, plain)
+    return model
 
 
 def result_of(name: str, bits: int) -> Path:
