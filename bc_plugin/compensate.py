@@ -17,6 +17,7 @@ from .calibration.items import checked_items, vocabulary_of
 from .calibration.stream import prepare_stream
 from .config import BiasCompensationConfig
 from .errors import BiasCompensationError
+from .models.autoround import is_autoround
 from .models.blocks import find_block_lists, find_blocks
 from .models.float_blocks import BlockSnapshot, float_blocks_of
 from .models.modules import copy_of, device_of, dtype_of, evaluating
@@ -27,6 +28,7 @@ from .ranks import add_up, are_several, require_same
 from .shift.fitting import FittedScales
 from .shift.inside import measure_block, measure_linears
 from .shift.messages import (
+    AUTOROUND,
     NOTHING_COMPARABLE,
     ONLY_EXPERTS,
     OTHER_RANKS,
@@ -193,6 +195,8 @@ class _Pass:
             raise BiasCompensationError(f"no site is left to compensate: {why}")
         if self.rescaled:
             warnings.warn(RESCALED, stacklevel=4)
+        if is_autoround(self.model):
+            warnings.warn(AUTOROUND, stacklevel=4)
         joint = self.joint | self.scales.conclude(self.model)
         require_linears(joint, self.vectors, "pass the float model that they were made from.")
         return Compensation(

@@ -35,6 +35,12 @@ RESCALED = (
     "bias_compensation=True in the toolkit, or pass the model just before it was rounded, to "
     "compensate linears, too."
 )
+AUTOROUND = (
+    "AutoRound made this checkpoint. It tunes blocks as a whole and leaves little mean shift, so "
+    "vectors may make the model worse, in 2 and 3 bits above all. Compare it with and without them "
+    "(`bc-plugin evaluate`, and its --without-compensation), or refine it: refinement starts "
+    "without vectors where that is better."
+)
 OTHER_RANKS = (
     "the quantized models of the ranks are not the same: each has quantized for itself. Have all "
     "of them load one checkpoint, or, in a toolkit, the float model as it asks for with ranks."

@@ -1,0 +1,51 @@
+"""Checkpoints that AutoRound made are told apart, and compensating them warns."""
+
+import json
+import warnings
+from types import SimpleNamespace
+
+import pytest
+from helpers.language import crudely_quantized, tiny_model, token_batches
+
+import bc_plugin
+from bc_plugin.models.autoround import is_autoround
+
+VERSION, PROVIDER = {"autoround_version": "0.16.1"}, {"provider": "auto-round"}
+
+
+@pytest.mark.parametrize("settings", [VERSION, PROVIDER])
+@pytest.mark.parametrize("kept", [dict, lambda settings: SimpleNamespace(**settings)])
+def test_its_settings_tell(settings, kept):
+    model = tiny_model()
+    model.config.quantization_config = kept(settings)
+    assert is_autoround(model)
+
+
+@pytest.mark.parametrize("stored", [VERSION, PROVIDER, {}, None])
+def test_settings_that_a_class_dropped_are_in_the_file(tmp_path, stored):
+    model = tiny_model()
+    model.config._name_or_path = str(tmp_path)
+    model.config.quantization_config = SimpleNamespace(bits=4)
+    if stored is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": stored}))
+    assert is_autoround(model) == bool(stored)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"quantization_config": null}'])
+def test_a_file_that_cannot_be_read_tells_nothing(tmp_path, damage):
+    model = tiny_model()
+    model.config._name_or_path = str(tmp_path)
+    model.config.quantization_config = SimpleNamespace(bits=4)
+    (tmp_path / "config.json").write_text(damage)
+    assert not is_autoround(model)
+
+
+def test_only_its_checkpoints_warn():
+    model = tiny_model()
+    quantized = crudely_quantized(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bc_plugin.compensate(quantized, model, token_batches())
+    quantized.config.quantization_config = VERSION
+    with pytest.warns(UserWarning, match="AutoRound made this checkpoint"):
+        bc_plugin.compensate(quantized, model, token_batches())
