@@ -17,7 +17,8 @@ def is_autoround(model: nn.Module) -> bool:
     if settings is None:
         return False
     own = settings if isinstance(settings, Mapping) else vars(settings)
-    return _says_so(own) or _says_so(_stored(getattr(config, "_name_or_path", "")))
+    folder = getattr(config, "_name_or_path", None)
+    return _says_so(own) or bool(folder and _says_so(_stored(folder)))
 
 
 def _says_so(settings: Mapping[str, Any]) -> bool:

@@ -31,6 +31,14 @@ def test_settings_that_a_class_dropped_are_in_the_file(tmp_path, stored):
     assert is_autoround(model) == bool(stored)
 
 
+def test_a_file_that_is_not_the_model_s_tells_nothing(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": VERSION}))
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model()
+    model.config.quantization_config = SimpleNamespace(bits=4)
+    assert not is_autoround(model)
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", '{"quantization_config": null}'])
 def test_a_file_that_cannot_be_read_tells_nothing(tmp_path, damage):
     model = tiny_model()
