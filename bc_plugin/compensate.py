@@ -17,7 +17,6 @@ from .calibration.items import checked_items, vocabulary_of
 from .calibration.stream import prepare_stream
 from .config import BiasCompensationConfig
 from .errors import BiasCompensationError
-from .models.autoround import is_autoround
 from .models.blocks import find_block_lists, find_blocks
 from .models.float_blocks import BlockSnapshot, float_blocks_of
 from .models.modules import copy_of, device_of, dtype_of, evaluating
@@ -25,6 +24,7 @@ from .models.offloaded import lent, require_in_memory
 from .models.repacked import require_as_stored
 from .names import KEY
 from .ranks import add_up, are_several, require_same
+from .shift.autoround import is_autoround
 from .shift.fitting import FittedScales
 from .shift.inside import measure_block, measure_linears
 from .shift.messages import (

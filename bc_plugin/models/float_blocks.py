@@ -105,7 +105,7 @@ def _meta(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
-def _folders(model: nn.Module) -> list[Path]:
+def folders_of(model: nn.Module) -> list[Path]:
     """Where the model may have come from: its folder, or the revisions in the hub's cache."""
     config = getattr(model, "config", None)
     source = getattr(config, "_name_or_path", None)
@@ -129,7 +129,7 @@ def _safetensors(model: nn.Module) -> dict[str, list[tuple[Path, str]]]:
     """Where each of the model's tensors may stand in the files the model came from."""
     prefix = getattr(model, "base_model_prefix", "") + "."
     found: dict[str, list[tuple[Path, str]]] = {}
-    for folder in _folders(model):
+    for folder in folders_of(model):
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
                 for key in file.keys():  # noqa: SIM118, not a dict

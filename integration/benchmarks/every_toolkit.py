@@ -188,7 +188,7 @@ def written_out(model: nn.Module, reference: nn.Module) -> nn.Module:
     for path, linear in reference.named_modules():
         if isinstance(linear, nn.Linear) and hasattr(model.get_submodule(path), "qweight"):
             weight = model.get_submodule(path)(torch.eye(linear.in_features)).T
-            plain = nn.Linear(*weight.T.shape, bias=False)
+            plain = nn.Linear(linear.in_features, linear.out_features, bias=False)
             plain.weight.copy_(weight)
             model.set_submodule(path, plain)
     return model

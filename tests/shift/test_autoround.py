@@ -1,14 +1,16 @@
 """Checkpoints that AutoRound made are told apart, and compensating them warns."""
 
+import copy
 import json
 import warnings
 from types import SimpleNamespace
 
 import pytest
 from helpers.language import crudely_quantized, tiny_model, token_batches
+from helpers.packed import packed_checkpoint
 
 import bc_plugin
-from bc_plugin.models.autoround import is_autoround
+from bc_plugin.shift.autoround import is_autoround
 
 VERSION, PROVIDER = {"autoround_version": "0.16.1"}, {"provider": "auto-round"}
 
@@ -57,3 +59,15 @@ def test_only_its_checkpoints_warn():
     quantized.config.quantization_config = VERSION
     with pytest.warns(UserWarning, match="AutoRound made this checkpoint"):
         bc_plugin.compensate(quantized, model, token_batches())
+
+
+def test_one_that_is_streamed_warns(tmp_path):
+    model = tiny_model(intermediate_size=64, num_hidden_layers=2, num_key_value_heads=4)
+    model.save_pretrained(tmp_path / "float")
+    packed_checkpoint(tmp_path / "packed", copy.deepcopy(model))
+    path = tmp_path / "packed" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= PROVIDER
+    path.write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="AutoRound made this checkpoint"):
+        bc_plugin.compensate(tmp_path / "packed", tmp_path / "float", token_batches())
