@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from ..config import BiasCompensationConfig
 from ..errors import BiasCompensationError
 from ..ranks import are_several, require_same, together, wait_for_all
-from ..shift.messages import OTHER_RANKS
+from ..shift.messages import AUTOROUND, OTHER_RANKS
 from ..toolkits.run import CompensatedQuantization, left_plain
 from ..vectors import Compensation
 from ..vectors.weights import weights_of
@@ -88,6 +89,8 @@ class BiasCompensationModifier(Modifier):
         """Check recipe and data, and keep the float blocks, before anything is quantized."""
         quantizers = quantizers_before(self)
         config = replace(self._config(), joint=self._joins(quantizers))
+        if any(type(each).__name__ == "AutoRoundModifier" for each in quantizers):
+            warnings.warn(AUTOROUND, stacklevel=2)
         if Compensation.attached_to(state.model) is not None:
             raise BiasCompensationError(
                 "the model is compensated already; start from the float model, or detach it "

@@ -36,7 +36,7 @@ RESCALED = (
     "compensate linears, too."
 )
 AUTOROUND = (
-    "AutoRound made this checkpoint. It tunes blocks as a whole and leaves little mean shift, so "
+    "AutoRound quantizes this model. It tunes blocks as a whole and leaves little mean shift, so "
     "vectors may make the model worse, in 2 and 3 bits above all. Compare it with and without them "
     "(`bc-plugin evaluate`, and its --without-compensation), or refine it: refinement starts "
     "without vectors where that is better."

@@ -57,7 +57,7 @@ def test_only_its_checkpoints_warn():
         warnings.simplefilter("error")
         bc_plugin.compensate(quantized, model, token_batches())
     quantized.config.quantization_config = VERSION
-    with pytest.warns(UserWarning, match="AutoRound made this checkpoint"):
+    with pytest.warns(UserWarning, match="AutoRound quantizes this model"):
         bc_plugin.compensate(quantized, model, token_batches())
 
 
@@ -69,5 +69,5 @@ def test_one_that_is_streamed_warns(tmp_path):
     config = json.loads(path.read_text())
     config["quantization_config"] |= PROVIDER
     path.write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match="AutoRound made this checkpoint"):
+    with pytest.warns(UserWarning, match="AutoRound quantizes this model"):
         bc_plugin.compensate(tmp_path / "packed", tmp_path / "float", token_batches())

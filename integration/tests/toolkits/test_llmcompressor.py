@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -119,6 +120,15 @@ def test_the_vectors_are_those_computed_by_hand(source, tmp_path, recipe, pipeli
     for name, vectors in by_hand.vectors.items():
         torch.testing.assert_close(compensation.vectors[name], vectors)
     assert compensation.digest == by_hand.digest
+
+
+@pytest.mark.parametrize("recipe", ("nearest", "AutoRound"))
+def test_it_warns_after_autoround(source, recipe):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _run(source, [*RECIPES[recipe](), BiasCompensationModifier()])
+    told = [each for each in caught if "AutoRound quantizes" in str(each.message)]
+    assert len(told) == (recipe == "AutoRound")
 
 
 @pytest.mark.parametrize("first", ("saved", "run"))
