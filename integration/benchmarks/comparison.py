@@ -70,8 +70,11 @@ def print_table(bits: int, seed: int) -> None:
 
 
 def measure(part: Part, variant: str) -> None:
-    """Measure a variant, and before it what it starts from; what does not run here is said."""
-    if variant in part.found:
+    """Measure a variant, and before it what it starts from.
+
+    What does not run is said, and tried again by the next run.
+    """
+    if "error" not in part.found.get(variant, {"error": "not measured"}):
         return
     start = VARIANTS[variant].start
     if start:
