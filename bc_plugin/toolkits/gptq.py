@@ -26,9 +26,6 @@ def batch_is_added_to_both(wrapped, gptaq, args, kwargs):
         if inputs.float_inputs is None:
             inputs.float_inputs = FloatInputs(inputs)
         gptaq.native_inps[0] = inputs.float_inputs.centre(gptaq.native_inps[0])
-        # Its sums are divided by sequences, in all releases; what it calls samples is not.
-        batch = argument("inp", 0, args, kwargs)
-        inputs.float_inputs.sequences += len(batch) if batch.dim() > 2 else 1
     return batch_is_added(wrapped, gptaq, args, kwargs)
 
 
@@ -50,9 +47,8 @@ def hessian_is_finished(wrapped, gptq, args, kwargs):
 def linear_is_quantized_for_float_outputs(wrapped, gptaq, args, kwargs):
     inputs = _inputs(gptaq)
     if inputs is not None and inputs.float_inputs is not None:
-        sequences = inputs.float_inputs.sequences
-        inputs.float_inputs.take_out(gptaq.dXXT, sequences)
-        inputs.finish(gptaq.H, sequences)
+        inputs.float_inputs.take_out(gptaq.dXXT, gptaq.nsamples)
+        inputs.finish(gptaq.H, gptaq.nsamples)
     return linear_is_quantized(wrapped, gptaq, args, kwargs)
 
 

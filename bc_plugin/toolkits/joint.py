@@ -207,7 +207,6 @@ class FloatInputs:
         self.estimate: Tensor | None = None
         self.total: Tensor | None = None
         self.drift: Tensor | None = None
-        self.sequences = 0
 
     def centre(self, values: Tensor) -> Tensor:
         """``values``, (..., features), of the batch that is to be centred next, as that will be."""
