@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bc_plugin import BiasCompensationError
 from bc_plugin.models.blocks import find_blocks
-from bc_plugin.toolkits.joint import FloatInputs, JointGPTQ, centred_inputs, weight_of
+from bc_plugin.toolkits.joint import JointGPTQ, centred_inputs, weight_of
 
 SINK = 1000.0
 
@@ -88,59 +88,6 @@ def test_layers_that_follow_see_the_best_bias(positions):
     joint.stop()
     with torch.no_grad():
         assert torch.equal(linear(given), nn.functional.linear(given, linear.weight))
-
-
-@pytest.mark.parametrize("positions", [0, 1])
-def test_the_float_inputs_lose_their_own_mean(positions):
-    """As GPTAQ has them: ``2 / samples * sum (x - y) y^T``, and the bias for their outputs."""
-    model = tiny_model()
-    joint = JointGPTQ(model, find_blocks(model), positions)
-    linear = model.model.layers[1].mlp.down_proj
-    inputs, sums, seen = centred_inputs(linear), [], []
-    inputs.float_inputs = FloatInputs(inputs)
-
-    def hook(_, args, output):
-        ours = args[0].clone()
-        ours[:, 0] *= 3
-        floats = ours + 0.3 * ours.roll(1, -1) + torch.rand(ours.shape[-1])
-        seen.append((floats.double().flatten(0, 1), ours.double().flatten(0, 1)))
-        x, y = inputs.float_inputs.centre(floats), inputs.centre(ours)
-        sums.append((x - y).flatten(0, 1).T @ y.flatten(0, 1))
-
-    handle = linear.register_forward_hook(hook)
-    batches = token_batches(3, batch=2)
-    with torch.no_grad():
-        for batch in batches:
-            model(**batch)
-    handle.remove()
-    floats, ours = (torch.cat(each) for each in zip(*seen, strict=True))
-    samples, first = len(ours), torch.arange(len(ours)) % 16 == 0
-    cross = 2 / samples * sum(sums)
-    inputs.float_inputs.take_out(cross, samples)
-    inputs.finish(torch.eye(ours.shape[-1]), samples)
-
-    later = ~first if positions else torch.ones_like(first)
-    x, y = floats.clone(), ours.clone()
-    x[later] -= floats[later].mean(0)
-    y[later] -= ours[later].mean(0)
-    expected = 2 / samples * (x - y).T @ y
-    torch.testing.assert_close(cross.double(), expected, rtol=1e-3, atol=1e-4 * expected.max())
-    assert inputs.float_inputs.drift is not cross
-
-    before = weight_of(linear)
-    with torch.no_grad():
-        linear.weight.copy_((before / 0.1).floor() * 0.1)
-    inputs.follow(linear, before, weight_of(linear))
-    outputs = []
-    linear.register_forward_hook(lambda m, args, output: outputs.append((args[0], output)))
-    with torch.no_grad():
-        model(**batches[0])
-    given, output = (each[0] for each in outputs[0])
-    added = output - nn.functional.linear(given, linear.weight)
-    expected = floats[later].mean(0) @ before.double().T
-    expected -= ours[later].mean(0) @ weight_of(linear).double().T
-    torch.testing.assert_close(added[1:].double(), expected.expand(15, -1), rtol=1e-3, atol=1e-3)
-    joint.stop()
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
