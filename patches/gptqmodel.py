@@ -17,11 +17,9 @@ from bc_plugin.toolkits.awq import scales_are_applied
 from bc_plugin.toolkits.flag import asked_by, config_of, config_to_dict, is_entry, set_flag
 from bc_plugin.toolkits.gptq import (
     batch_is_added,
-    batch_is_added_to_both,
     hessian_is_adopted,
     hessian_is_finished,
     linear_is_quantized,
-    linear_is_quantized_for_float_outputs,
 )
 from bc_plugin.toolkits.load import attach_held, hold_for, look_at, reading_weights
 from bc_plugin.toolkits.patch import Patch, Toolkit, argument
@@ -199,7 +197,6 @@ def _post_init(wrapped, instance, args, kwargs):
 
 CONFIG = "gptqmodel.quantization.config"
 GPTQ = "gptqmodel.quantization.gptq:GPTQ"
-GPTAQ = "gptqmodel.quantization.gptaq:GPTAQ"
 MODEL = "gptqmodel.models.base:BaseQModel"
 AWQ = "gptqmodel.looper.awq_processor"
 LOADER = "gptqmodel.models.loader"
@@ -220,8 +217,6 @@ GPTQMODEL = Toolkit(
         Patch(f"{GPTQ}.adopt_hessian_from", hessian_is_adopted, ("leader",)),
         Patch(f"{GPTQ}.finalize_hessian", hessian_is_finished),
         Patch(f"{GPTQ}.quantize", linear_is_quantized),
-        Patch(f"{GPTAQ}.add_batch", batch_is_added_to_both, ("inp", "out")),
-        Patch(f"{GPTAQ}.quantize", linear_is_quantized_for_float_outputs),
         Patch(f"{AWQ}:apply_scale", scales_are_applied, ("module", "scales_list")),
     ),
     saving=(

@@ -23,8 +23,7 @@ from ..models.modules import linears_of
 from ..models.positions import call_arguments, token_index, vector_rows
 from ..models.tracker import PositionTracker
 from ..ranks import add_up
-from ..shift.descent import DAMPING, integers_and_scales
-from ..shift.drift import weight_for
+from ..shift.descent import integers_and_scales
 
 
 class JointGPTQ:
@@ -98,7 +97,6 @@ class CentredInputs:
         self.total: Tensor | None = None
         self.count: Tensor | None = None
         self.covariance: Tensor | None = None  # while the toolkit rounds
-        self.float_inputs: FloatInputs | None = None  # where the toolkit looks at those as well
         self.finished = False
 
     def centre(self, inputs: Tensor) -> Tensor:
@@ -170,70 +168,30 @@ class CentredInputs:
         Returns:
             The rounded weight and the scales, shaped and typed as they were given.
         """
+        covariance, self.covariance = self.covariance, None
         turned = not isinstance(linear, nn.Linear)  # transformers' Conv1D
         given, target = (each.T if turned else each for each in (quantized, weight))
         width, groups = given.shape[1], groups.long().to(scales.device)
-        target, covariance = target.to(scales.device), self.covariance.to(scales.device)
-        covariance, self.covariance = covariance[:width, :width], None  # some toolkits pad it
-        if self.float_inputs is not None:
-            drift = self.float_inputs.drift[:width, :width].to(scales.device)
-            target = weight_for(target, covariance, drift, DAMPING)
         integers = (given.to(scales) / scales[:, groups]).round().nan_to_num(0.0, 0.0, 0.0)
         integers, better = integers_and_scales(
-            target, integers, scales, low, high, groups, covariance, stored
+            target.to(scales.device),
+            integers,
+            scales,
+            low,
+            high,
+            groups,
+            covariance[:width, :width].to(scales.device),  # some toolkits pad it
+            stored,
         )
         found = (integers * better[:, groups]).to(quantized)
         return (found.T if turned else found), better.to(scales)
 
     def follow(self, linear: nn.Module, weight: Tensor, quantized: Tensor) -> None:
         """Show the layers that follow the best bias for the quantized weight."""
-        weight, quantized = weight.double(), quantized.double()
+        shift = weight.double() - quantized.double()
         if isinstance(linear, nn.Linear):  # transformers' Conv1D has it the other way round
-            weight, quantized = weight.T, quantized.T
-        mean = self.mean().to(weight)
-        wanted = mean if self.float_inputs is None else self.float_inputs.mean().to(weight)
-        self.joint.add_bias(self.name, linear, (wanted @ weight - mean @ quantized).float())
-
-
-class FloatInputs:
-    """What the same linear is given in the float model, for toolkits that aim at its outputs there.
-
-    Args:
-        inputs: What it is given in the quantized model, by the same batches.
-    """
-
-    def __init__(self, inputs: CentredInputs) -> None:
-        self.inputs = inputs
-        self.estimate: Tensor | None = None
-        self.total: Tensor | None = None
-        self.drift: Tensor | None = None
-
-    def centre(self, values: Tensor) -> Tensor:
-        """``values``, (..., features), of the batch that is to be centred next, as that will be."""
-        flat = values.reshape(-1, values.shape[-1]).to(torch.float64, copy=True)
-        positions = self.inputs.joint.tracker.positions
-        rows = _rows(self.inputs.joint.tracker, values, self.inputs.name)
-        if self.total is None:
-            self.total = flat.new_zeros((positions + 1, flat.shape[-1]))
-            later = rows == positions
-            self.estimate = flat[later].sum(0) / later.sum().clamp(min=1)
-        self.total.index_add_(0, rows, flat)
-        flat -= (rows == positions)[:, None] * self.estimate
-        return flat.float().view(values.shape)
-
-    def mean(self) -> Tensor:
-        """The mean, float64 (positions + 1, features)."""
-        return self.total / self.inputs.count.clamp(min=1)[:, None].to(self.total)
-
-    def take_out(self, cross: Tensor, samples: int) -> None:
-        """Take the means out of ``2 / samples * sum (x - y) y^T``, x of these inputs, in place.
-
-        Before the mean of the quantized model's inputs y is taken out of their Hessian.
-        """
-        rest = (self.inputs.mean()[-1] - self.inputs.estimate).to(self.total)
-        apart = self.mean()[-1] - self.estimate - rest
-        cross -= (2 / samples * self.inputs.count[-1].to(rest) * apart.outer(rest)).to(cross)
-        self.drift = cross.clone()  # the toolkit changes its own
+            shift = shift.T
+        self.joint.add_bias(self.name, linear, (self.mean().to(shift) @ shift).float())
 
 
 def centred_inputs(linear: nn.Module) -> CentredInputs | None:

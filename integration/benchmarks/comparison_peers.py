@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from comparison_part import GROUP_SIZE, LENGTH, REFINED_SAMPLES, STEPS, Part
@@ -12,16 +11,11 @@ from comparison_part import GROUP_SIZE, LENGTH, REFINED_SAMPLES, STEPS, Part
 RANK = 32
 
 
-def gptaq_config() -> Any:
-    """Its settings, in gptqmodel's own defaults."""
-    from gptqmodel.quantization.config import GPTAQConfig
-
-    return GPTAQConfig(device="cpu")
-
-
 def gptaq(part: Part, variant: str) -> None:
     """gptqmodel's GPTAQ, which knows what the layers before have lost."""
-    seconds = part.quantized(variant, gptaq=gptaq_config())
+    from gptqmodel.quantization.config import GPTAQConfig
+
+    seconds = part.quantized(variant, gptaq=GPTAQConfig(device="cpu"))
     part.measure(variant, part.load(variant), seconds - part.quantized("gptq"))
 
 

@@ -36,10 +36,9 @@ def _plain(part: Part, variant: str) -> None:
     part.measure(variant, part.load(variant), 0.0)
 
 
-def _joint(positions: int, gptaq: bool = False) -> Callable[[Part, str], None]:
+def _joint(positions: int) -> Callable[[Part, str], None]:
     def make(part: Part, variant: str) -> None:
-        changes = {"gptaq": peers.gptaq_config()} if gptaq else {}
-        seconds = part.quantized(variant, {"positions": positions}, **changes)
+        seconds = part.quantized(variant, {"positions": positions})
         part.measure(variant, part.load(variant), seconds - part.quantized("gptq"))
 
     return make
@@ -86,8 +85,6 @@ VARIANTS = {
     "gptaq": Variant("GPTAQ (gptqmodel)", peers.gptaq),
     "joint-0": Variant("joint, positions=0", _joint(0)),
     "joint-1": Variant("joint, positions=1", _joint(1)),
-    "joint-0-gptaq": Variant("joint with GPTAQ, positions=0", _joint(0, gptaq=True)),
-    "joint-1-gptaq": Variant("joint with GPTAQ, positions=1", _joint(1, gptaq=True)),
     "joint-0-scales": Variant(
         "joint, positions=0, scales=True",
         lambda part, name: part.compensated(name, "joint-0", {"positions": 0, "scales": True}),
@@ -106,7 +103,6 @@ VARIANTS = {
     "norms-0": _refined("joint-0-scales", train=("norms",)),
     "refined-0": _refined("joint-0-scales"),
     "refined-1": _refined("joint-1-scales"),
-    "refined-1-gptaq": _refined("joint-1-gptaq", "joint with GPTAQ, positions=1, refined: all"),
     "longer-0": _refined("joint-0-scales", f"  refined: all, {4 * STEPS} steps", steps=4 * STEPS),
     "autoround": Variant("AutoRound (its defaults)", peers.auto_round),
     "autoround-scales": _compensated("autoround", positions=0, scales=True),
