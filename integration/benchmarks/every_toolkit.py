@@ -36,9 +36,9 @@ from bc_plugin.calibration.batches import rebatch
 FOLDER = CACHE / "every_toolkit"
 GROUP_SIZE, SAMPLES, LENGTH, EVALUATED = 64, 32, 512, 12
 TOGETHER = 4  # windows in a batch, so that kernels unpack their weights less often
-# A few steps of four sequences each, which are seen once; the comparison has more.
+# A few steps of one batch each, which is seen once; the comparison has more.
 STEPS, HELD_OUT = 16, 8
-REFINED_SAMPLES = 4 * STEPS + HELD_OUT
+REFINED_SAMPLES = TOGETHER * STEPS + HELD_OUT
 PARTS = [(name, bits) for bits in (3, 4) for name in ("gptqmodel", "transformers", "auto_gptq")] + [
     ("gptqmodel-awq", 4),
     ("autoawq", 4),
