@@ -25,7 +25,7 @@ from .models.repacked import require_as_stored
 from .names import KEY
 from .ranks import add_up, are_several, require_same
 from .shift.autoround import is_autoround
-from .shift.fitting import FittedScales
+from .shift.fitting import FittedWeights
 from .shift.inside import measure_block, measure_linears
 from .shift.messages import (
     AUTOROUND,
@@ -82,8 +82,8 @@ def compensate(
     files one after the other, see ``bc_plugin.streaming.load.open_streamed``.
 
     Args:
-        quantized_model: Left as it was, but for its linears' scales if ``scales`` is asked for; use
-            ``Compensation.attach`` on it afterwards. Or the folder of its checkpoint, of GPTQ's or
+        quantized_model: Left as it was, but for its linears' scales if ``scales`` is asked for, and
+            their integers as well if ``integers`` is; use ``Compensation.attach`` on it afterwards. Or the folder of its checkpoint, of GPTQ's or
             AWQ's; ``Compensation.save`` puts the vectors beside it.
         float_model: A model with the same modules' names, or its folder, or a snapshot of its
             blocks, which takes one list of blocks and nothing outside of them.
@@ -103,15 +103,16 @@ def compensate(
         BiasCompensationError: the quantized model was not quantized from this float model, or it
             was jointly, and linears would be left without vectors; the calibration data is empty,
             all padding or too short for the positions; the positions of a site's tokens are
-            unknown, as in windowed or cross-attention; an output is not finite; scales were asked
-            for, and cannot be told from integers, or there is only a folder to hold them. Scales
-            are then as they were. A folder's format is unknown here, or its files are damaged.
+            unknown, as in windowed or cross-attention; an output is not finite; scales or integers
+            were asked for, and cannot be told from each other, or there is only a folder to hold
+            them. They are then as they were. A folder's format is unknown here, or its files are damaged.
     """
     config = BiasCompensationConfig.parse(config) or BiasCompensationConfig()
-    if config.scales and isinstance(quantized_model, (str, Path)):
+    if (config.scales or config.integers) and isinstance(quantized_model, (str, Path)):
+        what = "integers" if config.integers else "scales"
         raise BiasCompensationError(
-            f"scales=True: {quantized_model} is left as it is, so the scales would be lost. Use "
-            "`bc-plugin compensate --scales`, which writes them, or pass the loaded model."
+            f"{what}=True: {quantized_model} is left as it is, so the {what} would be lost. Use "
+            f"`bc-plugin compensate --{what}`, which writes them, or pass the loaded model."
         )
     quantized_model, float_model = (
         open_streamed(model, blocks=config.blocks) if isinstance(model, (str, Path)) else model
@@ -122,10 +123,10 @@ def compensate(
             "the quantized model is compensated already; detach its compensation first."
         )
     start = time.perf_counter()
-    scales = FittedScales(copy_to_run, wanted=config.scales)
-    with evaluating(quantized_model, float_model), scales:
+    fitted = FittedWeights(copy_to_run, config.scales, config.integers)
+    with evaluating(quantized_model, float_model), fitted:
         compensation = _Pass(
-            quantized_model, float_model, calibration, config, rescalings or {}, scales, only
+            quantized_model, float_model, calibration, config, rescalings or {}, fitted, only
         ).run()
     compensation.seconds = time.perf_counter() - start
     return compensation
@@ -141,12 +142,12 @@ class _Pass:
         calibration: Iterable[Any],
         config: BiasCompensationConfig,
         rescalings: Mapping[str, Rescaling],
-        scales: FittedScales,
+        fitted: FittedWeights,
         only: Callable[[str], bool],
     ) -> None:
         self.model, self.float_model, self.config = model, float_model, config
         self.calibration = checked_items(calibration, vocabulary_of(model, float_model))
-        self.rescalings, self.scales, self.copy_to_run = rescalings, scales, scales.copy_to_run
+        self.rescalings, self.fitted, self.copy_to_run = rescalings, fitted, fitted.copy_to_run
         self.only = only
         self.live = require_model(float_model)
         self.lists = (
@@ -197,7 +198,7 @@ class _Pass:
             warnings.warn(RESCALED, stacklevel=4)
         if is_autoround(self.model):
             warnings.warn(AUTOROUND, stacklevel=4)
-        joint = self.joint | self.scales.conclude(self.model)
+        joint = self.joint | self.fitted.conclude(self.model)
         require_linears(joint, self.vectors, "pass the float model that they were made from.")
         return Compensation(
             vectors=self.vectors,
@@ -206,7 +207,7 @@ class _Pass:
             positions=self.positions,
             blocks=self.paths,
             joint=bool(joint),
-            scales=bool(self.scales.before),
+            scales=bool(self.fitted.before),
             **asdict(weights_of(self.model, self.paths, self.vectors)),
         )
 
@@ -250,7 +251,7 @@ class _Pass:
             wanted = [path for path in wanted if self.only(f"{name}.{path}")]
             linears = comparable(reference, quantized, wanted, moved)
             settings = linears, self.stream, self.positions, moved, self.dtype
-            if self.scales.fit(name, number, reference, own, *settings):
+            if self.fitted.fit(name, number, reference, own, *settings):
                 quantized = self.copy_to_run(own)
             sites, outputs = measure_linears(name, number, reference, quantized, *settings)
             _add_up(sites)
@@ -260,7 +261,7 @@ class _Pass:
         others = not moved.inputs and any(site.agreement.is_missing for site in sites)
         if others:
             sites = []  # scales were moved, or weights rotated: the others' inputs are others, too
-            self.scales.undo(f"{name}.")
+            self.fitted.undo(f"{name}.")
             quantized = self.copy_to_run(own)
         self.rescaled |= others or (bool(wanted) and not linears)
         kept = [site.name for site in sites if self._keep(site)]
@@ -277,7 +278,7 @@ class _Pass:
 
     def _keep(self, site: Site) -> bool:
         """Make vectors of a site's statistics; whether they are kept."""
-        relied_on = site.name in self.joint or site.name in self.scales.before
+        relied_on = site.name in self.joint or site.name in self.fitted.before
         found = settle(site, self.config, self.dtype, may_drop=not relied_on)
         if found is not None:
             self.kinds[site.name] = site.kind

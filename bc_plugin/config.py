@@ -12,6 +12,7 @@ from .errors import BiasCompensationError
 SITES = ("linear", "block")
 BY = ("model", "block")
 TRAIN = ("vectors", "scales", "norms")
+MEAN_TOKENS = 8192  # enough for means
 DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 
 
@@ -66,14 +67,19 @@ class BiasCompensationConfig(Settings):
         scales: Give the quantized linears, too, the group scales that are best with a bias, in
             closed form; integers and zero points stay. They are set in the quantized model's own
             tensors, and rely on the vectors as joint weights do.
+        integers: Choose the integers of the quantized linears again, and their scales with them, as
+            joint quantization does (coordinate descent on the covariance of the inputs); zero
+            points stay. For checkpoints that somebody else has quantized, by whatever method. They
+            are written where scales are, and rely on the vectors in the same way.
         blocks: Dotted path of the ``ModuleList`` of blocks, e.g. ``"model.layers"``, or several.
             Found when not given; see ``bc_plugin.models.blocks.find_block_lists``.
         held_out: Share of the calibration sequences kept apart to measure the error on tokens
             that the vectors were not fitted to. 0 keeps none.
         keep_only_if_better: Drop a site whose held-out error rises.
-        max_tokens: Calibration tokens used, spread over the data; None for all. A mean needs far
-            fewer than a Hessian: 4,096 gave the same perplexity as 16,384 on a 135M model. Images
-            and sounds are all used, since a class token, or a patch, is seen but once in each.
+        max_tokens: Calibration tokens used, spread over the data; None for all. ``"auto"`` is
+            8,192, since a mean needs few (4,096 gave the same perplexity as 16,384 on a 135M
+            model), but all for ``integers``, which need a covariance. Images and sounds are all
+            used, since a class token, or a patch, is seen but once in each.
         batch_tokens: Tokens per forward pass; an image counts as patches of 16 x 16 pixels, a
             sound as its frames. Changes speed and memory, not the result.
         offload_activations: Keep what passes from block to block in temporary files (in the folder
@@ -95,10 +101,11 @@ class BiasCompensationConfig(Settings):
     sites: tuple[str, ...] = SITES
     joint: bool = True
     scales: bool = False
+    integers: bool = False
     blocks: str | tuple[str, ...] | None = None
     held_out: float = 0.125
     keep_only_if_better: bool = False
-    max_tokens: int | None = 8192
+    max_tokens: int | Literal["auto"] | None = "auto"
     batch_tokens: int = 4096
     offload_activations: bool = False
     refine_steps: int = 0
@@ -116,11 +123,12 @@ class BiasCompensationConfig(Settings):
             )
         self._require_some("sites", SITES)
         self._require_some("refine_train", TRAIN)
-        self._require(
-            not self.scales or "linear" in self.sites,
-            "sites",
-            "linear among them where scales is set, since scales rely on the linears' vectors",
-        )
+        for name in ("scales", "integers"):
+            self._require(
+                not getattr(self, name) or "linear" in self.sites,
+                "sites",
+                f"linear among them where {name} is set, since {name} rely on the linears' vectors",
+            )
         self._require(
             paths is None
             or (
@@ -130,15 +138,17 @@ class BiasCompensationConfig(Settings):
             "the path of a list of blocks, or several",
         )
         self._require_number("held_out", lambda n: 0 <= n < 1, "a share from 0 to below 1", Real)
-        for name in ("joint", "scales", "keep_only_if_better", "offload_activations"):
+        for name in ("joint", "scales", "integers", "keep_only_if_better", "offload_activations"):
             self._require_bool(name)
         self._require(
             not (self.keep_only_if_better and self.held_out == 0),
             "held_out",
             "above 0 when keep_only_if_better is set, since that is what decides",
         )
-        if self.max_tokens is not None:
-            self._require_number("max_tokens", lambda n: n > 0, "a whole number above 0, or None")
+        if self.max_tokens not in (None, "auto"):
+            self._require_number(
+                "max_tokens", lambda n: n > 0, 'a whole number above 0, "auto" or None'
+            )
         self._require_number("batch_tokens", lambda n: n > 0, "a whole number above 0")
         self._require_number("refine_steps", lambda n: n >= 0, "a whole number from 0 up")
         self._require(self.refine in BY, "refine", f"one of {BY}")
@@ -174,6 +184,13 @@ class BiasCompensationConfig(Settings):
                 f"bias_compensation: unknown keys {unknown}; known are {known}."
             )
         return cls(**value)
+
+    @property
+    def token_limit(self) -> int | None:
+        """What ``max_tokens`` comes to; None for all tokens."""
+        if self.max_tokens == "auto":
+            return None if self.integers else MEAN_TOKENS
+        return self.max_tokens
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values; ``parse`` reads them back."""

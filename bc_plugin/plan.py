@@ -109,7 +109,7 @@ def plan(
     shapes = shapes_of(float_model)
     kind = shapes.dtype if dtype == "auto" else getattr(torch, dtype)
     rate = flops_per_second or product_rate(kind)
-    used = sequences_used(samples, length, settings.max_tokens)
+    used = sequences_used(samples, length, settings.token_limit)
     stored_in = VECTOR if settings.dtype == "auto" else getattr(torch, settings.dtype).itemsize
     vectors = vector_values(shapes, settings, length) * stored_in
     checkpoint = packed_model(shapes, bits, group_size, shapes.dtype.itemsize)

@@ -128,7 +128,7 @@ def calibration_batches(
     Raises:
         BiasCompensationError: there is none, or an item is none; see ``checked_items``.
     """
-    items = spread(checked_items(calibration), config.max_tokens)
+    items = spread(checked_items(calibration), config.token_limit)
     if not any(gathered(bool(items))):
         raise BiasCompensationError("the calibration data is empty; give at least one sequence.")
     fitted, apart = split_held_out(items, config.held_out)

@@ -18,6 +18,7 @@ from .options import (
     DeviceMap,
     Dtype,
     FloatModel,
+    Integers,
     Length,
     OffloadActivations,
     Out,
@@ -47,6 +48,7 @@ def compensate(
     ] = None,
     sites: Sites = "linear block",
     scales: Scales = False,
+    integers: Integers = False,
     samples: Samples = 128,
     length: Length = 512,
     dtype: Dtype = "auto",
@@ -63,7 +65,7 @@ def compensate(
     Example: `bc-plugin compensate ./gptq ./SmolLM2-135M ./out --dataset text.txt --positions 0`
     """
     if is_gguf(quantized):
-        one = settings_for_file(positions, sites, scales, batch_tokens)
+        one = settings_for_file(positions, sites, scales, integers, batch_tokens)
         data = dataset, one, samples, length, dtype, device_map
         compensate_file(quantized, float_model, out, *data)
         return
@@ -71,6 +73,7 @@ def compensate(
         positions or "1",
         sites,
         scales=scales,
+        integers=integers,
         offload_activations=offload_activations,
         batch_tokens=batch_tokens,
     )

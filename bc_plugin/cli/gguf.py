@@ -21,15 +21,16 @@ from .stopped import making
 
 
 def settings_for_file(
-    positions: str | None, sites: str, scales: bool, batch_tokens: int
+    positions: str | None, sites: str, scales: bool, integers: bool, batch_tokens: int
 ) -> BiasCompensationConfig:
     """Raises: BiasCompensationError: a GGUF file cannot hold that."""
     if positions not in (None, "0"):
         raise BiasCompensationError(
             f"--positions {positions}: a GGUF file has one bias for all tokens; leave it out."
         )
-    if scales:
-        raise BiasCompensationError("--scales: the scales of a GGUF file stay as they are.")
+    for name, wanted in (("scales", scales), ("integers", integers)):
+        if wanted:
+            raise BiasCompensationError(f"--{name}: the {name} of a GGUF file stay as they are.")
     return pass_settings("0", sites, dtype="float32", batch_tokens=batch_tokens)
 
 

@@ -25,6 +25,10 @@ Sites = Annotated[str, typer.Option(help="What to compensate: `linear`, `block`,
 Scales = Annotated[
     bool, typer.Option("--scales", help="Fit the scales of the quantized linears as well.")
 ]
+Integers = Annotated[
+    bool,
+    typer.Option("--integers", help="Choose the quantized linears' integers and scales again."),
+]
 OffloadActivations = Annotated[
     bool,
     typer.Option("--offload-activations", help="Keep activations in temporary files (in TMPDIR)."),

@@ -14,7 +14,7 @@ from ..errors import BiasCompensationError
 from ..refinement.config import RefinementConfig
 from .arguments import BITS, GROUP_SIZES, check_dtype, float_config, one_of
 from .inputs import pass_settings
-from .options import BatchTokens, Dtype, Length, Positions, Samples, Scales, Sites
+from .options import BatchTokens, Dtype, Integers, Length, Positions, Samples, Scales, Sites
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -27,6 +27,7 @@ def plan(
     positions: Positions = "1",
     sites: Sites = "linear block",
     scales: Scales = False,
+    integers: Integers = False,
     refine_steps: Annotated[int, typer.Option(help="Steps of refinement; 0 for none.")] = 0,
     train: Annotated[
         str, typer.Option(help="What it trains: any of `vectors`, `scales` and `norms`.")
@@ -50,7 +51,9 @@ def plan(
 
     Example: `bc-plugin plan ./SmolLM2-135M --refine-steps 64 --devices 2`
     """
-    settings = pass_settings(positions, sites, scales=scales, batch_tokens=batch_tokens)
+    settings = pass_settings(
+        positions, sites, scales=scales, integers=integers, batch_tokens=batch_tokens
+    )
     refinement = None
     if refine_steps != 0:
         refinement = RefinementConfig(

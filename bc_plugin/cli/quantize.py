@@ -16,6 +16,7 @@ from .options import (
     CalibrationData,
     DeviceMap,
     Dtype,
+    Integers,
     Length,
     Out,
     Positions,
@@ -42,6 +43,7 @@ def quantize(
     positions: Positions = "1",
     sites: Sites = "linear block",
     scales: Scales = False,
+    integers: Integers = False,
     joint: Annotated[bool, typer.Option(help="Let GPTQ know that vectors will follow.")] = True,
     refine_steps: Annotated[int, typer.Option(help="Then train the vectors so many steps.")] = 0,
     samples: Samples = 128,
@@ -54,7 +56,7 @@ def quantize(
     Example: `bc-plugin quantize ./SmolLM2-135M ./out --bits 3 --group-size 64 --dataset text.txt`
     """
     settings = pass_settings(
-        positions, sites, scales=scales, joint=joint, refine_steps=refine_steps
+        positions, sites, scales=scales, integers=integers, joint=joint, refine_steps=refine_steps
     )
     check_out(out)
     check_gptq(bits, group_size, damp, desc_act, act_group_aware)

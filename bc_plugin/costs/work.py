@@ -56,7 +56,7 @@ def pass_work(
     if "block" in settings.sites:
         passes["quantized blocks"] = 1.0
         work += once
-    if settings.scales:
+    if settings.scales or settings.integers:
         passes["float blocks, for scales"] = 1.0
         work += once + covariance_products(shapes, tokens)
     return passes, work

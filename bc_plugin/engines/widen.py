@@ -59,4 +59,4 @@ def widen(tensors: dict[str, LazyTensor], settings: dict[str, Any]) -> None:
 
 def _widened(tensors: Mapping[str, Tensor], name: str, settings: Mapping[str, Any]) -> Tensor:
     values, zeros, groups = integers_of(tensors, name, settings)
-    return pack(values - zeros[groups] + ZERO, dim=0)
+    return pack(values - zeros[groups] + ZERO, BITS, dim=0)

@@ -36,7 +36,7 @@ class BiasCompensationModifier(Modifier):
     they stand there, copied to the CPU where they do not. The vectors are computed when the recipe
     is finalized, and attached to the model, whose weights are compressed by then; as ever, they are
     decompressed when the model is first run. ``model.save_pretrained`` writes both. Of several
-    ranks each has its share of the data; sums, and so vectors and scales, are those of all.
+    ranks each has its share of the data; sums, and so vectors, scales and integers, are those of all.
 
     Args:
         joint: None and True let ``GPTQModifier`` know that biases will follow. For any other
@@ -56,10 +56,11 @@ class BiasCompensationModifier(Modifier):
     sites: list[str] = Field(default_factory=lambda: list(DEFAULT.sites))
     joint: bool | None = None
     scales: bool = DEFAULT.scales
+    integers: bool = DEFAULT.integers
     blocks: str | list[str] | None = DEFAULT.blocks
     held_out: float = DEFAULT.held_out
     keep_only_if_better: bool = DEFAULT.keep_only_if_better
-    max_tokens: int | None = DEFAULT.max_tokens
+    max_tokens: int | Literal["auto"] | None = DEFAULT.max_tokens
     batch_tokens: int = DEFAULT.batch_tokens
     offload_activations: bool = DEFAULT.offload_activations
     refine_steps: int = DEFAULT.refine_steps

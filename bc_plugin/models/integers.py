@@ -46,6 +46,9 @@ LAYOUTS = (
 )
 
 
+PACKED = tuple(layout.packed for layout in LAYOUTS)
+
+
 @dataclass(frozen=True)
 class IntegerWeight:
     """The weight of a quantized linear, ``integers * scales[:, groups]``.
@@ -111,6 +114,12 @@ def integer_weights(
             integers = _integers(path, twin.get_submodule(path), probes[path][:, groups], dtype)
             found[path] = IntegerWeight(integers, groups, scales)
     return found
+
+
+def packed_tensor(linear: nn.Module) -> Tensor | None:
+    """The toolkit's own integers of a quantized linear; None if it is of another format."""
+    layout = _layout(linear)
+    return None if layout is None else _tensor(linear, layout.packed).detach()
 
 
 def linears_with_scales(block: nn.Module) -> list[str]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 WORD = 32
-PACKED_BITS = 4
 # AWQ's kernels want the columns of each word in this order.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 # What is stored of a linear, by output channel along the second axis but for the last.
@@ -72,7 +71,7 @@ def integers_of(
     """
     bits, qweight, qzeros = settings["bits"], tensors[f"{name}.qweight"], tensors[f"{name}.qzeros"]
     if settings["quant_method"] == "awq":
-        values, zeros = (_in_order(unpack(packed, bits, dim=1)) for packed in (qweight, qzeros))
+        values, zeros = (in_order(unpack(packed, bits, dim=1)) for packed in (qweight, qzeros))
         groups = torch.arange(len(values), device=values.device) // (len(values) // len(zeros))
         return values, zeros, groups
     if "gptq_v2" in (settings.get("format"), settings.get("checkpoint_format")):
@@ -101,7 +100,7 @@ def _plus_one(qzeros: Tensor, bits: int) -> Tensor:
     return unpack(qzeros + ones, bits, dim=1)
 
 
-def _in_order(columns: Tensor) -> Tensor:
+def in_order(columns: Tensor) -> Tensor:
     """Columns as they were before AWQ packed them."""
     words = columns.view(len(columns), -1, len(AWQ_ORDER))
     return words[..., torch.tensor(AWQ_ORDER).argsort()].reshape(columns.shape)
@@ -124,12 +123,21 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     return (both & (2**bits - 1)).int().movedim(0, dim)
 
 
-def pack(values: Tensor, dim: int) -> Tensor:
-    """4-bit integers as 32-bit words along ``dim``."""
+def pack(values: Tensor, bits: int, dim: int, padded: bool = False) -> Tensor:
+    """Integers as 32-bit words in which they follow each other along ``dim``; int32.
+
+    Args:
+        padded: Whether a word has as many as go whole into it, and no part of another.
+    """
     values = values.movedim(dim, 0)
-    shifts = torch.arange(0, WORD, PACKED_BITS)
-    values = values.reshape(-1, len(shifts), *values.shape[1:])
-    shifts = shifts.view(1, -1, *[1] * (values.dim() - 2))
-    words = (values << shifts).sum(1)
-    words = torch.where(words >= 2**31, words - 2**32, words)  # the sign bit is a bit like others
-    return words.to(torch.int32).movedim(0, dim).contiguous()
+    each, words = (WORD // bits, 1) if padded or WORD % bits == 0 else (WORD, bits)
+    values = values.reshape(-1, each, *values.shape[1:]).long()
+    found = values.new_zeros(len(values), words, *values.shape[2:])
+    for place in range(each):
+        word, start = divmod(place * bits, WORD)
+        found[:, word] |= values[:, place] << start & 0xFFFFFFFF
+        if start + bits > WORD:
+            found[:, word + 1] |= values[:, place] >> (WORD - start)
+    found = found.flatten(0, 1)
+    found = torch.where(found >= 2**31, found - 2**32, found)  # the sign bit is a bit like others
+    return found.int().movedim(0, dim).contiguous()

@@ -64,6 +64,11 @@ class InputCovariance:
     def __init__(self) -> None:
         self.estimate: Tensor | None = None
         self.moments = Moments(), Moments()
+        self.leading = Moments()
+
+    def lead(self, inputs: Tensor) -> None:
+        """Add tokens with a vector of their own, (tokens, in_features), which are not centred."""
+        self.leading.update(inputs.to(torch.promote_types(inputs.dtype, torch.float32)))
 
     def update(self, inputs: Tensor, apart: bool) -> None:
         """Add tokens, (tokens, in_features)."""
@@ -81,11 +86,22 @@ class InputCovariance:
             for moments in self.moments:
                 moments.move((common - own.cpu()).to(own.device))
         self.estimate = common
-        add_up(*self.moments)
+        add_up(*self.moments, self.leading)
 
     def fitted(self) -> Tensor:
         """Of the tokens to fit to, float64 (in_features, in_features)."""
         return self.moments[False].covariance()
+
+    def with_leading(self) -> Tensor:
+        """``fitted``, and the second moment of tokens with a vector of their own.
+
+        An attention sink has nothing but a mean. Integers that are chosen without it leave all of
+        it to the vector, and gain nothing for the other tokens.
+        """
+        fitted = self.fitted()
+        if not self.leading.count:
+            return fitted
+        return fitted + self.leading.products / self.moments[False].count
 
     def apart(self) -> Tensor | None:
         """The same of those held out, about the mean that the bias takes out: the others'."""
@@ -141,9 +157,13 @@ def input_covariances(
                 site = f"{name}.{path}"
                 where = current.index, current.context
                 index = site_index(site, positions, inputs.shape[:-1], *where).flatten()
-                shared = (index >= 0) & (vector_rows(index, set_apart) == set_apart)
+                rows = vector_rows(index, set_apart)
                 moved = rescaling.input_of(path, inputs).flatten(0, -2)
-                found[path].update(moved[shared.to(moved.device)], current.apart)
+                shared = ((index >= 0) & (rows == set_apart)).to(moved.device)
+                found[path].update(moved[shared], current.apart)
+                leading = (rows < set_apart).to(moved.device)
+                if not current.apart and bool(leading.any()):
+                    found[path].lead(moved[leading])
 
         return hook
 

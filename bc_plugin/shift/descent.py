@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..models.integers import IntegerWeight
-from .scales import least_squares
+from ..models.words import PackedIntegers
+from .scales import change_of_error, least_squares
 
 TURNS = 4
 DAMPING = 0.01  # of the mean of the diagonal, towards the float weight
@@ -56,6 +57,43 @@ def integers_and_scales(
         best = least_squares(weight, current, wide).to(stored).float()
         usable = (best.isfinite() & (best > 0)).all(1, keepdim=True)
         scales = torch.where(usable, best, scales)
+    return integers, scales
+
+
+def chosen_again(
+    weight: Tensor,
+    quantized: IntegerWeight,
+    packed: PackedIntegers,
+    covariance: Tensor,
+    apart: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Better integers and scales for a linear that is quantized already.
+
+    Args:
+        weight: What the float linear has in this place, (out_features, in_features).
+        packed: Where its integers are kept.
+        covariance: Of the inputs to fit to, float64 (in_features, in_features).
+        apart: Of those held out; None where there are none.
+
+    Returns:
+        As ``integers_and_scales`` does, or None if they are no better on what was held out.
+    """
+    integers, scales = integers_and_scales(
+        weight,
+        quantized.integers,
+        quantized.stored,
+        packed.low,
+        packed.high,
+        quantized.groups,
+        covariance,
+        quantized.stored.dtype,
+    )
+    scales = scales.double()
+    if torch.equal(integers, quantized.integers.float()) and torch.equal(scales, quantized.scales):
+        return None
+    if apart is not None:
+        if change_of_error(weight, quantized, apart, scales, integers) >= 0:
+            return None
     return integers, scales
 
 

@@ -20,9 +20,9 @@ NOTHING_COMPARABLE = (
     "no linear that was quantized has an output that can be compared. Add 'block' to the sites: "
     "the vectors of the blocks stand for them."
 )
-NO_SCALES = (
-    "scales were to be fitted, but no linear within a block was quantized in a way that its output "
-    "can be compared with the float linear's. Leave scales out."
+NOTHING_TO_FIT = (
+    "scales or integers were to be fitted, but no linear within a block was quantized in a way "
+    "that its output can be compared with the float linear's. Leave scales and integers out."
 )
 SEVERAL_LISTS = (
     "{} has {} lists of blocks: {}. Their tokens are different ones, in different numbers, and no "
@@ -74,9 +74,9 @@ def about_experts(changed: Sequence[str]) -> str:
     )
 
 
-def about_scales(left: Sequence[str]) -> str:
-    """That these linears keep their scales."""
+def about_left(left: Sequence[str], what: str) -> str:
+    """That these linears keep their scales, or whatever was to be fitted."""
     return (
-        f"{len(left)} linears, the first is {left[0]}, keep the scales they have: on held-out "
+        f"{len(left)} linears, the first is {left[0]}, keep the {what} they have: on held-out "
         "sequences others would be worse."
     )

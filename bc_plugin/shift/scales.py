@@ -129,14 +129,23 @@ def _solved(
 
 
 def change_of_error(
-    weight: Tensor, quantized: IntegerWeight, covariance: Tensor, scales: Tensor
+    weight: Tensor,
+    quantized: IntegerWeight,
+    covariance: Tensor,
+    scales: Tensor,
+    integers: Tensor | None = None,
 ) -> float:
-    """How much the error of a linear, summed over its channels, rises with ``scales``."""
+    """How much the error of a linear, summed over its channels, rises with other scales.
+
+    Args:
+        integers: Other ones, less their zero points; None for those there are.
+    """
     total = 0.0
     before, groups = quantized.scales, quantized.groups
+    after = quantized.integers if integers is None else integers
     for rows in _rows(len(weight), len(groups), before.shape[1]):
-        integers = quantized.integers[rows].double()
-        change = -integers * (scales - before)[rows][:, groups]
-        twice = 2 * (weight[rows].to(change) - integers * before[rows][:, groups]) + change
+        now = quantized.integers[rows] * before[rows][:, groups]
+        change = now - after[rows] * scales[rows].to(now)[:, groups]
+        twice = 2 * (weight[rows].to(now) - now) + change
         total += ((change @ covariance) * twice).sum().item()
     return total

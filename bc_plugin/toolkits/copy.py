@@ -16,7 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..models.integers import PACKED
 from ..models.offloaded import stored_value
+from ..models.words import chosen_linears
 from ..names import KEY, SUFFIX
 from ..vectors.checkpoint import INDEX, SINGLE, checkpoint_files, other_files
 from ..vectors.compensation import Compensation
@@ -36,8 +38,8 @@ def copy_compensated(source: Path, out: Path, compensation: Compensation, model:
     they are. Vectors that it has are left out.
 
     Args:
-        model: What was loaded from ``source``. Where scales or norms were fitted with the vectors,
-            those are its own.
+        model: What was loaded from ``source``. Where scales, norms or integers were fitted with the
+            vectors, those are its own.
 
     Raises:
         BiasCompensationError: the checkpoint is damaged.
@@ -95,7 +97,7 @@ def _write(
 
 
 def _now(model: nn.Module | None, key: str, stored: LazyTensor) -> LazyTensor:
-    """A tensor of the files, or what has become of a scale or a norm since it was loaded."""
+    """A tensor of the files, or what has become of it since it was loaded, if that was on purpose."""
     path, _, leaf = key.rpartition(".")
     owner = None
     with suppress(AttributeError):  # what a loader calls otherwise is no part of a linear or norm
@@ -104,7 +106,10 @@ def _now(model: nn.Module | None, key: str, stored: LazyTensor) -> LazyTensor:
         leaf = OWN_BIAS  # a vector is merged into the other one
     loaded = getattr(owner, leaf, None)
     same_kind = isinstance(loaded, Tensor) and loaded.shape == stored.shape
-    if not same_kind or not stored.dtype.is_floating_point:
+    counts = stored.dtype.is_floating_point or (
+        leaf in PACKED and path in chosen_linears(model) and loaded.dtype == stored.dtype
+    )
+    if not same_kind or not counts:
         return stored
     streamed = partial(stored_value, model, key)
     return LazyTensor(

@@ -68,6 +68,12 @@ def forget_floats(model: nn.Module) -> None:
         mark(model, KeptWeights(kept.exact, {}))
 
 
+def forget_weights(model: nn.Module) -> None:
+    """Integers as well."""
+    if are_kept(model):
+        mark(model, KeptWeights({}, {}))
+
+
 def are_kept(model: nn.Module) -> bool:
     """Whether ``keep_weights`` was called in time."""
     return mark_of(model, KeptWeights) is not None

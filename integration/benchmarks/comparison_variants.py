@@ -80,6 +80,8 @@ VARIANTS = {
     "own-text": Variant("+ BC, positions=1, on text of its own", _of_its_own, "gptq"),
     "bc-0-scales": _compensated("gptq", positions=0, scales=True),
     "bc-1-scales": _compensated("gptq", positions=1, scales=True),
+    "bc-0-integers": _compensated("gptq", positions=0, integers=True),
+    "bc-1-integers": _compensated("gptq", positions=1, integers=True),
     "norm": Variant(f"+ norm tuning, {STEPS} steps (gptqmodel 7.7)", peers.norm, "gptq"),
     "eora": Variant(f"+ EoRA, rank {peers.RANK} (gptqmodel)", peers.eora, "gptq"),
     "gptaq": Variant("GPTAQ (gptqmodel)", peers.gptaq),

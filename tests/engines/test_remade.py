@@ -110,8 +110,8 @@ def test_widened_integers_are_those_of_the_whole_linear(tmp_path, bits, form, at
     assert found.keys() == tensors.keys()
     for name in packed_linears(tensors):
         values, zeros, groups = integers_of(tensors, name, settings)
-        assert torch.equal(found[f"{name}.qweight"], pack(values - zeros[groups] + 8, dim=0))
-        assert torch.equal(found[f"{name}.qzeros"], pack(torch.full_like(zeros, 7), dim=1))
+        assert torch.equal(found[f"{name}.qweight"], pack(values - zeros[groups] + 8, 4, dim=0))
+        assert torch.equal(found[f"{name}.qzeros"], pack(torch.full_like(zeros, 7), 4, dim=1))
         assert torch.equal(weight_of(found, name, wide), weight_of(tensors, name, settings))
     _require_one_at_a_time(most_alive, tensors)
 

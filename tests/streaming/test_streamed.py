@@ -217,7 +217,7 @@ def test_scales_are_as_they_were_after_an_error(folders, monkeypatch):
     def broken(*_):
         raise RuntimeError
 
-    monkeypatch.setattr("bc_plugin.shift.fitting.FittedScales.conclude", broken)
+    monkeypatch.setattr("bc_plugin.shift.fitting.FittedWeights.conclude", broken)
     with pytest.raises(RuntimeError):
         bc_plugin.compensate(quantized, folders / "float", token_batches(), {"scales": True})
     assert weights_of(quantized, LISTS) == before

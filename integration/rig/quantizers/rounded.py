@@ -59,8 +59,8 @@ def packed(
     zeros = torch.full_like(scales, ZERO - 1, dtype=torch.int64)  # stored less one
     inputs = weight.shape[1]
     return {
-        f"{name}.qweight": pack(values.reshape(inputs, -1).long(), dim=0),
-        f"{name}.qzeros": pack(zeros, dim=1),
+        f"{name}.qweight": pack(values.reshape(inputs, -1).long(), BITS, dim=0),
+        f"{name}.qzeros": pack(zeros, BITS, dim=1),
         f"{name}.scales": scales.contiguous(),
         f"{name}.g_idx": (torch.arange(inputs) // group_size).to(torch.int32),
     }

@@ -50,7 +50,7 @@ def quantized(request, tmp_path_factory):
     return request.param, folder
 
 
-@pytest.mark.parametrize("scales", [(), ("--scales",)])
+@pytest.mark.parametrize("scales", [(), ("--scales",), ("--integers",)])
 def test_a_streamed_pass_gives_the_checkpoint_of_a_loaded_one(
     quantized, tmp_path, monkeypatch, enabled, scales
 ):

@@ -1,4 +1,4 @@
-"""Group scales in real kernels: told from integers, fitted, saved and loaded."""
+"""Group scales and integers in real kernels: told apart, fitted, saved and loaded."""
 
 from functools import partial
 
@@ -14,6 +14,7 @@ import bc_plugin
 from bc_plugin import Compensation, RefinementConfig
 from bc_plugin.models.integers import integer_weights
 from bc_plugin.models.modules import copy_of, dtype_of
+from bc_plugin.models.words import packed_integers
 from bc_plugin.names import SUFFIX
 from bc_plugin.refinement.train import Training
 
@@ -64,8 +65,9 @@ def test_a_kernel_multiplies_with_integers_times_scales(case, tmp_path, enabled)
     _check_kernels(model_of(model))
 
 
+@pytest.mark.parametrize("what", ["scales", "integers"])
 @pytest.mark.parametrize("settings", PACKED, ids=str)
-def test_compressed_tensors(settings, tmp_path, enabled):
+def test_compressed_tensors(settings, what, tmp_path, enabled):
     pytest.importorskip("compressed_tensors", reason="needs other quantizers")
     source = tiny_checkpoint(tmp_path / "float")
     round_to_nearest(source, tmp_path / "quantized", **settings)
@@ -73,7 +75,7 @@ def test_compressed_tensors(settings, tmp_path, enabled):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
     reference = AutoModelForCausalLM.from_pretrained(source)
     plain = bc_plugin.compensate(model, reference, sequences(), FLAG)
-    fitted = bc_plugin.compensate(model, reference, sequences(), {**FLAG, "scales": True})
+    fitted = bc_plugin.compensate(model, reference, sequences(), {**FLAG, what: True})
     assert fitted.scales
     linears = [name for name, kind in plain.kinds.items() if kind == "linear"]
     ratios = [fitted.errors[name].after / plain.errors[name].after for name in linears]
@@ -91,8 +93,10 @@ def _check_kernels(model):
     block, dtype = model.model.layers[1], dtype_of(model)
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     found = integer_weights(block, LINEARS, copy_of, dtype)
-    for weight in found.values():
+    packed = {p: packed_integers(p, block.get_submodule(p), found[p]) for p in found}
+    for path, weight in found.items():
         weight.write(weight.scales)
+        packed[path].write(weight.integers)
     after = block.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     for factor in (1.0, None):
@@ -110,18 +114,20 @@ def _check_kernels(model):
             assert apart < 5e-3 * expected.norm(), path
 
 
-def test_scales_are_fitted_in_the_same_run(case, tmp_path, enabled):
+@pytest.mark.parametrize("what", ["scales", "integers"])
+def test_they_are_fitted_in_the_same_run(case, what, tmp_path, enabled):
     pipeline, source, settings = case
     flag = {**FLAG, "joint": False}
     plain = _quantized(pipeline, source, tmp_path / "plain", flag, **settings)
-    fitted = _quantized(pipeline, source, tmp_path / "out", {**flag, "scales": True}, **settings)
+    fitted = _quantized(pipeline, source, tmp_path / "out", {**flag, what: True}, **settings)
     assert fitted.scales and fitted.joint and not plain.scales
     ours, theirs = (
         {k: v for f in (tmp_path / name).glob("*.safetensors") for k, v in load_file(f).items()}
         for name in ("out", "plain")
     )
     changed = {name for name in theirs if not torch.equal(ours[name], theirs[name])}
-    assert {name.rpartition(".")[2] for name in changed if not name.endswith(SUFFIX)} == {"scales"}
+    expected = {"scales", "qweight"} if what == "integers" else {"scales"}
+    assert {name.rpartition(".")[2] for name in changed if not name.endswith(SUFFIX)} == expected
     ratios = [
         fitted.errors[name].after / plain.errors[name].after
         for name, kind in plain.kinds.items()
