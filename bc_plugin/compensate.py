@@ -83,8 +83,9 @@ def compensate(
 
     Args:
         quantized_model: Left as it was, but for its linears' scales if ``scales`` is asked for, and
-            their integers as well if ``integers`` is; use ``Compensation.attach`` on it afterwards. Or the folder of its checkpoint, of GPTQ's or
-            AWQ's; ``Compensation.save`` puts the vectors beside it.
+            their integers as well if ``integers`` is. Use ``Compensation.attach`` on it afterwards.
+            Or the folder of its checkpoint, of GPTQ's or AWQ's; ``Compensation.save`` puts the
+            vectors beside it.
         float_model: A model with the same modules' names, or its folder, or a snapshot of its
             blocks, which takes one list of blocks and nothing outside of them.
         calibration: Model inputs: dicts of tensors (or single tensors) with the batch first.
@@ -105,7 +106,8 @@ def compensate(
             all padding or too short for the positions; the positions of a site's tokens are
             unknown, as in windowed or cross-attention; an output is not finite; scales or integers
             were asked for, and cannot be told from each other, or there is only a folder to hold
-            them. They are then as they were. A folder's format is unknown here, or its files are damaged.
+            them. They are then as they were. A folder's format is unknown here, or its files are
+            damaged.
     """
     config = BiasCompensationConfig.parse(config) or BiasCompensationConfig()
     if (config.scales or config.integers) and isinstance(quantized_model, (str, Path)):

@@ -47,7 +47,7 @@ def intermediates(block: Block, hidden: int, tokens: int, itemsize: int) -> int:
 
 
 def covariances(block: Block) -> int:
-    """For ``scales=True`` and ``integers=True``: ``2 * 8 * sum in^2`` over the inputs that linears have in common.
+    """For scales and integers: ``2 * 8 * sum in^2`` over the inputs that linears share.
 
     Two float64 matrices, of the tokens to fit to and of those held out. Three more of the largest
     while they are centred and solved with. And the integers of all linears, a byte each.

@@ -36,7 +36,7 @@ class BiasCompensationModifier(Modifier):
     they stand there, copied to the CPU where they do not. The vectors are computed when the recipe
     is finalized, and attached to the model, whose weights are compressed by then; as ever, they are
     decompressed when the model is first run. ``model.save_pretrained`` writes both. Of several
-    ranks each has its share of the data; sums, and so vectors, scales and integers, are those of all.
+    ranks each has its share of the data; what is computed is computed from the sums over all.
 
     Args:
         joint: None and True let ``GPTQModifier`` know that biases will follow. For any other

@@ -91,9 +91,8 @@ def chosen_again(
     scales = scales.double()
     if torch.equal(integers, quantized.integers.float()) and torch.equal(scales, quantized.scales):
         return None
-    if apart is not None:
-        if change_of_error(weight, quantized, apart, scales, integers) >= 0:
-            return None
+    if apart is not None and change_of_error(weight, quantized, apart, scales, integers) >= 0:
+        return None
     return integers, scales
 
 

@@ -97,7 +97,7 @@ def _write(
 
 
 def _now(model: nn.Module | None, key: str, stored: LazyTensor) -> LazyTensor:
-    """A tensor of the files, or what has become of it since it was loaded, if that was on purpose."""
+    """A tensor of the files, or what the pass or refinement has made of it since."""
     path, _, leaf = key.rpartition(".")
     owner = None
     with suppress(AttributeError):  # what a loader calls otherwise is no part of a linear or norm
@@ -106,10 +106,8 @@ def _now(model: nn.Module | None, key: str, stored: LazyTensor) -> LazyTensor:
         leaf = OWN_BIAS  # a vector is merged into the other one
     loaded = getattr(owner, leaf, None)
     same_kind = isinstance(loaded, Tensor) and loaded.shape == stored.shape
-    counts = stored.dtype.is_floating_point or (
-        leaf in PACKED and path in chosen_linears(model) and loaded.dtype == stored.dtype
-    )
-    if not same_kind or not counts:
+    chosen = leaf in PACKED and owner is not None and path in chosen_linears(model)
+    if not same_kind or not (stored.dtype.is_floating_point or chosen):
         return stored
     streamed = partial(stored_value, model, key)
     return LazyTensor(

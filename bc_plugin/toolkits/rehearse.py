@@ -15,7 +15,7 @@ from ..models.blocks import Blocks
 from ..models.calls import BlockCalls
 from ..models.float_blocks import BlockSnapshot
 from ..models.integers import integer_weights
-from ..models.modules import device_of, dtype_of, stored_tensors
+from ..models.modules import copy_of, device_of, dtype_of, stored_tensors
 from ..models.words import packed_integers
 from ..shift.inside import check_finite, measure_block, measure_linears
 from ..shift.rescaling import Rescaling
@@ -111,7 +111,7 @@ class Rehearsal:
                 linears = []
             trained = self.config.refine_train if self.config.refine_steps else ()
             if self.config.scales or self.config.integers or "scales" in trained:
-                found = integer_weights(quantized, linears, lambda block: block, self.dtype)
+                found = integer_weights(quantized, linears, copy_of, self.dtype)
                 for path in found if self.config.integers else ():
                     packed_integers(f"{name}.{path}", quantized.get_submodule(path), found[path])
             sites, outputs = measure_linears(

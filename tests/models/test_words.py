@@ -48,10 +48,11 @@ def _linear(folder, compressed=None, **settings):
 
 def _compressed(bits, symmetric):
     pytest.importorskip("compressed_tensors")
-    from bc_plugin.streaming.compressed import CompressedLinear
-    from bc_plugin.vectors.lazy import LazyTensor
     from compressed_tensors.compressors.base import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    from bc_plugin.streaming.compressed import CompressedLinear
+    from bc_plugin.vectors.lazy import LazyTensor
 
     arguments = {"strategy": "group", "group_size": 16, "symmetric": symmetric}
     weights = QuantizationArgs(num_bits=bits, **arguments)
