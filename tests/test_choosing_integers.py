@@ -9,6 +9,7 @@ from helpers.packed import packed_checkpoint
 
 import bc_plugin
 from bc_plugin import BiasCompensationConfig, BiasCompensationError, Compensation
+from bc_plugin.calibration.batches import calibration_batches
 from bc_plugin.models.blocks import find_blocks
 from bc_plugin.models.modules import stored_tensors
 from bc_plugin.models.offloaded import lent
@@ -137,6 +138,11 @@ def test_all_tokens_are_used_unless_a_number_is_given():
     assert BiasCompensationConfig().token_limit == 8192
     assert BiasCompensationConfig(integers=True).token_limit is None
     assert BiasCompensationConfig(integers=True, max_tokens=100).token_limit == 100
+    items = [{"input_ids": torch.zeros(1, 1024, dtype=torch.int64)}] * 10
+    for integers, tokens in ((False, 8192), (True, 10240)):
+        config = BiasCompensationConfig(integers=integers, held_out=0)
+        fitted, _ = calibration_batches(items, config)
+        assert sum(batch["input_ids"].numel() for batch in fitted) == tokens
 
 
 def test_a_folder_cannot_take_them(tmp_path):

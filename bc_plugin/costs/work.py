@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ..config import BiasCompensationConfig
 from ..refinement.config import RefinementConfig
+from ..shift.descent import TURNS
 from .shapes import Block, Shapes
 
 
@@ -39,6 +40,16 @@ def covariance_products(shapes: Shapes, tokens: int) -> float:
     return sum(2.0 * tokens * inputs**2 for inputs in common)
 
 
+def descent(shapes: Shapes) -> float:
+    """For ``integers=True``, however many tokens: ``4 * 7 * in^2 * out`` for each linear's turns.
+
+    Of a turn, 4 for the gradient of the integers and its changes, 3 for the normal equations of the
+    scales, half of which follow from the others.
+    """
+    linears = (linear for block in shapes.blocks for linear in block.linears if linear.is_site)
+    return sum(TURNS * 7.0 * linear.inputs**2 * linear.outputs for linear in linears)
+
+
 def pass_work(
     shapes: Shapes, settings: BiasCompensationConfig, tokens: int, length: int
 ) -> tuple[dict[str, float], float]:
@@ -59,6 +70,8 @@ def pass_work(
     if settings.scales or settings.integers:
         passes["float blocks, for scales"] = 1.0
         work += once + covariance_products(shapes, tokens)
+    if settings.integers:
+        work += descent(shapes)
     return passes, work
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import comparison_peers as peers
-from comparison_part import SAMPLES, STEPS, Part
+from comparison_part import GROUP_SIZE, SAMPLES, STEPS, Part
+from rig.quantizers.with_compressed_tensors import round_to_nearest
 
 from bc_plugin.calibration.sample import sample_from
 
@@ -33,6 +34,12 @@ def _float(part: Part, variant: str) -> None:
 
 def _plain(part: Part, variant: str) -> None:
     part.quantized(variant)
+    part.measure(variant, part.load(variant), 0.0)
+
+
+def _nearest(part: Part, variant: str) -> None:
+    settings = {"symmetric": False, "bits": part.bits, "group_size": GROUP_SIZE}
+    part.made(variant, lambda folder: round_to_nearest(part.source, folder, **settings))
     part.measure(variant, part.load(variant), 0.0)
 
 
@@ -82,6 +89,9 @@ VARIANTS = {
     "bc-1-scales": _compensated("gptq", positions=1, scales=True),
     "bc-0-integers": _compensated("gptq", positions=0, integers=True),
     "bc-1-integers": _compensated("gptq", positions=1, integers=True),
+    "nearest": Variant("round to nearest (compressed-tensors)", _nearest),
+    "nearest-1": _compensated("nearest", positions=1),
+    "nearest-1-integers": _compensated("nearest", positions=1, integers=True),
     "norm": Variant(f"+ norm tuning, {STEPS} steps (gptqmodel 7.7)", peers.norm, "gptq"),
     "eora": Variant(f"+ EoRA, rank {peers.RANK} (gptqmodel)", peers.eora, "gptq"),
     "gptaq": Variant("GPTAQ (gptqmodel)", peers.gptaq),

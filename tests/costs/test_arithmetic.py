@@ -110,6 +110,9 @@ def test_work(shapes):
     passes, scaled = work.pass_work(shapes, BiasCompensationConfig(scales=True), 96, 16)
     squares = 3 * 2 * 96 * (2 * 32**2 + 48**2)
     assert scaled == 3 * once + linears + squares and sum(passes.values()) == 4
+    chosen = work.pass_work(shapes, BiasCompensationConfig(integers=True), 96, 16)[1]
+    turn = 7 * 3 * (32**2 * (OUTPUTS - 32) + 48**2 * 32)  # down_proj has 48 inputs, others 32
+    assert chosen == scaled + 4 * turn
     settings = RefinementConfig(steps=16, gradient_checkpointing=True)
     passes, found = work.refinement_work(shapes, settings, held_out=32, batch=96, length=16)
     head = 2 * 96 * 32 * 96

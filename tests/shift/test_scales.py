@@ -7,7 +7,7 @@ import torch
 from helpers.grouped import GroupedLinear
 from torch import nn
 
-from bc_plugin.models.integers import integer_weights
+from bc_plugin.models.integers import IntegerWeight, integer_weights
 from bc_plugin.shift import scales as closed_form
 from bc_plugin.shift.covariance import InputCovariance
 from bc_plugin.shift.scales import change_of_error, fitted_scales, least_squares
@@ -77,6 +77,16 @@ def test_the_change_of_the_error_is_that_of_the_outputs():
     change = change_of_error(weight, quantized, _covariance(inputs), scales)
     before, after = (_error(weight, quantized, inputs, s) for s in (quantized.scales, scales))
     assert change == pytest.approx((after - before).item())
+
+
+def test_the_change_of_the_error_with_other_integers_as_well():
+    weight, quantized, inputs = _problem(shuffled=True)
+    scales = quantized.scales * (1 + torch.rand(CHANNELS, 3).double())
+    integers = quantized.integers + torch.randint(-1, 2, quantized.integers.shape).float()
+    change = change_of_error(weight, quantized, _covariance(inputs), scales, integers)
+    others = IntegerWeight(integers, quantized.groups, quantized.stored)
+    before = _error(weight, quantized, inputs, quantized.scales)
+    assert change == pytest.approx((_error(weight, others, inputs, scales) - before).item())
 
 
 def test_a_group_that_says_nothing_keeps_its_scale():
