@@ -1,14 +1,20 @@
 """The pass on several ranks, each of which has its share of the sequences."""
 
+import copy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import pytest
 import torch
 from helpers.grouped import grouped
 from helpers.language import crudely_quantized, tiny_model, token_batches
+from helpers.packed import packed_checkpoint
 from helpers.ranks import on_ranks
 
 import bc_plugin
 from bc_plugin import BiasCompensationError, ranks
 from bc_plugin.calibration.batches import split_held_out, spread
+from bc_plugin.models.offloaded import stored_value
 
 EXACT = {"dtype": "float64", "positions": 2}
 SHARES = slice(0, 7), slice(7, 10)  # unequal ones
@@ -20,6 +26,7 @@ CASES = {
     "fewer tokens": {**EXACT, "max_tokens": 70},
     "all positions": {**EXACT, "positions": "all", "held_out": 0.2},
     "scales": {**EXACT, "scales": True, "held_out": 0.3},
+    "integers": {**EXACT, "integers": True, "positions": 1, "held_out": 0.3},
 }
 
 
@@ -30,6 +37,8 @@ def _data():
 
 def _compensated(case, data, seed=0):
     model = tiny_model(seed=0).double()
+    if case == "integers":
+        return _with_integers(model, data)
     # Few tokens and coarse steps, so that some sites are worse on what was held out.
     quantized = grouped(model) if case == "scales" else crudely_quantized(model, 0.4)
     if seed:
@@ -38,6 +47,17 @@ def _compensated(case, data, seed=0):
     found = bc_plugin.compensate(quantized, model, data, CASES[case])
     scales = {k: v for k, v in quantized.state_dict().items() if k.endswith(".scales")}
     return found.vectors, found.errors, scales
+
+
+def _with_integers(model, data):
+    from bc_plugin.streaming.load import open_streamed
+
+    with TemporaryDirectory() as folder:
+        packed_checkpoint(Path(folder), copy.deepcopy(model))
+        quantized = open_streamed(folder)
+        found = bc_plugin.compensate(quantized, model, data, CASES["integers"])
+        names = [f"{n}.qweight" for n, kind in found.kinds.items() if kind == "linear"]
+        return found.vectors, found.errors, {n: stored_value(quantized, n) for n in names}
 
 
 def _on_a_rank(rank, shares):
@@ -52,7 +72,7 @@ def test_the_vectors_of_several_ranks_are_those_of_one(tmp_path, shares):
     for case in CASES:
         both = [found[case] for found in by_rank]
         vectors, errors, scales = _compensated(case, _data())
-        assert (case == "scales") == bool(scales)
+        assert (case in ("scales", "integers")) == bool(scales)
         for found, measured, fitted in both:
             assert found.keys() == vectors.keys(), case
             for name, expected in vectors.items():

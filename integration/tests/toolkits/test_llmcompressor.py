@@ -415,9 +415,10 @@ def test_enable_makes_it_known_to_yaml(tmp_path):
     assert out.stdout.split()[-1] == "bc_plugin.llmcompressor.modifier"
 
 
-def test_scales_and_refinement(source, tmp_path, enabled):
+@pytest.mark.parametrize("what", ["scales", "integers"])
+def test_what_is_fitted_and_refinement(source, what, tmp_path, enabled):
     plain = _run(source, [*_nearest(), BiasCompensationModifier(held_out=0)])
-    settings = {"held_out": 0, "scales": True, "refine_steps": 8, "refine": "block"}
+    settings = {"held_out": 0, what: True, "refine_steps": 8, "refine": "block"}
     model = _run(source, [*_nearest(), BiasCompensationModifier(**settings)])
     compensation = Compensation.attached_to(model)
     assert compensation.scales
