@@ -34,9 +34,12 @@ class Settings:
         is_number = isinstance(value, kind) and not isinstance(value, bool)
         self._require(is_number and within(value), name, expected)
 
-    def _require_some(self, name: str, known: tuple[str, ...]) -> None:
+    def _require_some(self, name: str, known: tuple[str, ...], or_auto: bool = False) -> None:
         """Any of some words, each once; one alone may be given as it is."""
         value = getattr(self, name)
+        if or_auto and value in ("auto", ["auto"], ("auto",)):
+            object.__setattr__(self, name, "auto")
+            return
         chosen = (value,) if isinstance(value, str) else tuple(value)
         object.__setattr__(self, name, chosen)
         once = len(set(chosen)) == len(chosen)
@@ -87,7 +90,8 @@ class BiasCompensationConfig(Settings):
         refine_steps: Train the vectors so many steps against the float model, starting from the
             closed form; see ``bc_plugin.refine``. 0 leaves them as they are.
         refine: What the training compares, ``"model"`` or ``"block"``.
-        refine_train: What is trained: any of ``"vectors"``, ``"scales"`` and ``"norms"``.
+        refine_train: What is trained: any of ``"vectors"``, ``"scales"`` and ``"norms"``;
+            ``"auto"`` is what can be, see ``bc_plugin.RefinementConfig``.
         dtype: Type the vectors are stored in. ``"auto"`` takes two bytes per value: bfloat16 for
             bfloat16 models, float16 otherwise, float32 for a vector that float16 cannot hold.
 
@@ -110,7 +114,7 @@ class BiasCompensationConfig(Settings):
     offload_activations: bool = False
     refine_steps: int = 0
     refine: Literal["model", "block"] = "model"
-    refine_train: tuple[str, ...] = ("vectors",)
+    refine_train: tuple[str, ...] | Literal["auto"] = "auto"
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
@@ -122,7 +126,7 @@ class BiasCompensationConfig(Settings):
                 "positions", lambda n: n >= 0, 'a whole number from 0 up, or "all"'
             )
         self._require_some("sites", SITES)
-        self._require_some("refine_train", TRAIN)
+        self._require_some("refine_train", TRAIN, or_auto=True)
         for name in ("scales", "integers"):
             self._require(
                 not getattr(self, name) or "linear" in self.sites,
@@ -194,8 +198,9 @@ class BiasCompensationConfig(Settings):
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values; ``parse`` reads them back."""
+        trained = self.refine_train
         return {
             **asdict(self),
             "sites": list(self.sites),
-            "refine_train": list(self.refine_train),
+            "refine_train": trained if trained == "auto" else list(trained),
         }

@@ -134,7 +134,7 @@ def plan(
             {"batches": samples * length / batch},
             model_forward(shapes, samples * length, length),
         )
-        values = trained_values(shapes, settings, refinement.train, group_size, length)
+        values = trained_values(shapes, settings, refinement.kinds, group_size, length)
         stages["refinement"] = stage(
             refinement_memory(shapes, refinement, *packing, batch, values),
             {"predictions": recorded, "progress": progress_on_disk(values), **written},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from .calibration.items import checked_items, vocabulary_of
 from .errors import BiasCompensationError
-from .models.blocks import find_block_lists
+from .models.blocks import find_block_lists, find_blocks
 from .models.float_blocks import BlockSnapshot
 from .models.modules import copy_of, device_of, dtype_of
 from .ranks import are_several, require_same
@@ -25,7 +25,7 @@ from .refinement.float_logits import FloatLogits
 from .refinement.progress import FLOAT_MODEL, Progress
 from .refinement.source import Source, check_source, require_float, source_checksum
 from .refinement.train import Outcome
-from .refinement.weights import write_weights
+from .refinement.weights import trainable, write_weights
 from .shift.same_model import require_same_model
 from .vectors.compensation import Compensation
 from .vectors.weights import forget_floats, weights_of
@@ -136,6 +136,7 @@ def train_vectors(
         )
     data = RefinementData(checked_items(calibration, vocabulary_of(model)), config)
     check_source(float_model, model, data, config)
+    config = replace(config, train=_kinds(model, compensation, config, copy_to_run))
     # Saving rounds the errors, which decide how far steps go: from here on it makes no difference.
     start = Compensation.from_entry(compensation.entry(), compensation.vectors)
     progress = Progress(None)
@@ -156,6 +157,19 @@ def train_vectors(
     return refined.replaced(
         digest=found.digest, float_weights=found.float_weights, joint=True, scales=True
     )
+
+
+def _kinds(
+    model: nn.Module,
+    compensation: Compensation,
+    config: RefinementConfig,
+    copy_to_run: Callable[[nn.Module], nn.Module],
+) -> tuple[str, ...]:
+    """What is trained."""
+    if config.train != "auto" or config.kinds == ("vectors",):
+        return config.kinds
+    name = find_blocks(model, compensation.blocks).names[0]
+    return trainable(config.kinds, model, name, copy_to_run)
 
 
 def _inputs(

@@ -23,7 +23,7 @@ def test_it_gets_better_and_nothing_else_changes(architecture, positions, by):
     digest = weights_of(quantized, [find_blocks(quantized).path])
     weights = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
     kl = bc_plugin.evaluate(quantized, held_out(), model).kl
-    after = refine(quantized, model, by=by)
+    after = refine(quantized, model, by=by, train="vectors")
     assert after is Compensation.attached_to(quantized)
     assert after.refined["after"] < after.refined["before"]
     assert bc_plugin.evaluate(quantized, held_out(), model).kl < kl
@@ -87,7 +87,7 @@ def test_vectors_that_do_harm_are_given_up(architecture, by):
     without = bc_plugin.evaluate(quantized, held_out(), model).kl
     vectors = {name: -3 * vector for name, vector in wrong.vectors.items()}
     wrong.replaced(vectors=vectors).attach(quantized)
-    found = refine(quantized, model, by=by, steps=1, learning_rate=1e-9)
+    found = refine(quantized, model, by=by, train="vectors", steps=1, learning_rate=1e-9)
     assert found.refined["before"] > 1.1 * without
     assert found.refined["after"] == pytest.approx(without, rel=1e-4)
     assert bc_plugin.evaluate(quantized, held_out(), model).kl == pytest.approx(without, rel=1e-4)
@@ -109,17 +109,23 @@ def test_mixed_precision_is_looked_at_exactly():
     assert found.refined["after"] < expected
 
 
-def test_a_model_that_accelerate_keeps_elsewhere():
+def test_a_model_that_accelerate_keeps_elsewhere(capsys):
     from accelerate import cpu_offload
 
     model, quantized = compensated()
-    other = copy.deepcopy(quantized)
+    other, alike = copy.deepcopy(quantized), copy.deepcopy(quantized)
     compensation = Compensation.attached_to(other)
     compensation.detach(other)
     cpu_offload(other, execution_device=torch.device("cpu"))
     compensation.attach_unchecked(other)
     expected = refine(quantized, model, gradient_checkpointing=True)
     found = refine(other, model, gradient_checkpointing=True)
+    assert expected.refined["train"] == ["vectors", "norms"]
+    assert found.refined["train"] == ["vectors"]
+    assert "norms stay as they are" in capsys.readouterr().out
+    with pytest.raises(BiasCompensationError, match=r"norm .* is offloaded"):
+        refine(other, model, train="norms")
+    expected = refine(alike, model, gradient_checkpointing=True, train="vectors")
     for name, vectors in expected.vectors.items():
         torch.testing.assert_close(found.vectors[name], vectors)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ def refine_file(
     Args:
         started: The folder for progress, from which the same command goes on.
     """
+    if config.train == "auto":
+        config = replace(config, train=("vectors",))
     if config.train != ("vectors",):
         raise BiasCompensationError(
             "--train: of a GGUF file only `vectors` are trained; its scales and norms stay."

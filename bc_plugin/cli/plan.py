@@ -30,8 +30,9 @@ def plan(
     integers: Integers = False,
     refine_steps: Annotated[int, typer.Option(help="Steps of refinement; 0 for none.")] = 0,
     train: Annotated[
-        str, typer.Option(help="What it trains: any of `vectors`, `scales` and `norms`.")
-    ] = "vectors",
+        str,
+        typer.Option(help="What it trains: any of `vectors`, `scales`, `norms`; `auto`: all."),
+    ] = "auto",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="In refinement.")
     ] = False,

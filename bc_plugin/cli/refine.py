@@ -45,8 +45,8 @@ def refine(
         int, typer.Option(help="Steps of training; by block, in each.")
     ] = RefinementConfig.steps,
     train: Annotated[
-        str, typer.Option(help="Any of `vectors`, `scales` (of groups) and `norms`.")
-    ] = "vectors",
+        str, typer.Option(help="Any of `vectors`, `scales` (of groups) and `norms`; `auto`: all.")
+    ] = "auto",
     by: Annotated[str, typer.Option(help="Compare the `model`, or each `block`.")] = "model",
     learning_rate: LearningRate = RefinementConfig.learning_rate,
     scales_learning_rate: LearningRate = RefinementConfig.scales_learning_rate,
@@ -61,7 +61,7 @@ def refine(
     dtype: Dtype = "auto",
     device_map: DeviceMap = "auto",
 ) -> None:
-    """Train the vectors of a compensated checkpoint against the float model.
+    """Train the vectors, scales and norms of a compensated checkpoint against the float model.
 
     A run that is stopped leaves OUT.refining; the same command goes on from there. Started by
     torchrun, each process takes its share of the sequences.

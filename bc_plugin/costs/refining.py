@@ -107,7 +107,7 @@ def refinement_memory(
         tokens: Of a batch.
         values: Number of values that are trained.
     """
-    kept = settings.gradient_checkpointing, "scales" in settings.train
+    kept = settings.gradient_checkpointing, "scales" in settings.kinds
     found = {
         "packed model": packed_model(shapes, bits, group_size, itemsize),
         "activations": kept_activations(shapes, tokens, itemsize, *kept),
@@ -116,7 +116,7 @@ def refinement_memory(
         "logits": logits_and_gradient(shapes, tokens),
         "optimizer": optimizer_state(values),
     }
-    if "scales" in settings.train:
+    if "scales" in settings.kinds:
         found["integers"] = unpacked_integers(shapes)
     return found
 

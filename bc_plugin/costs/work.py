@@ -94,7 +94,7 @@ def refinement_work(
         batch: Tokens of a batch.
     """
     batches = settings.steps * settings.gradient_accumulation_steps
-    runs = 2 + settings.gradient_checkpointing + ("scales" in settings.train)
+    runs = 2 + settings.gradient_checkpointing + ("scales" in settings.kinds)
     looks = 1 + -(-settings.steps // settings.evaluate_every)
     passes = {
         "forward and backward": float(batches * runs),

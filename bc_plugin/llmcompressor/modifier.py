@@ -65,7 +65,7 @@ class BiasCompensationModifier(Modifier):
     offload_activations: bool = DEFAULT.offload_activations
     refine_steps: int = DEFAULT.refine_steps
     refine: Literal["model", "block"] = DEFAULT.refine
-    refine_train: list[str] = Field(default_factory=lambda: list(DEFAULT.refine_train))
+    refine_train: list[str] | Literal["auto"] = DEFAULT.refine_train
     dtype: str = DEFAULT.dtype
     native: bool = False
 

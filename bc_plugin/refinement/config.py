@@ -17,7 +17,8 @@ class RefinementConfig(Settings):
         steps: Steps of the optimizer (Adam); with ``by="block"``, in each block.
         train: What is trained: any of ``"vectors"``, ``"scales"`` (of the quantized linears'
             groups) and ``"norms"`` (their gains and biases). Scales and norms are changed in the
-            model's own tensors; integers and zero points never are.
+            model's own tensors; integers and zero points never are. ``"auto"`` is all three, but
+            for scales where they cannot be told from integers, and by block vectors alone.
         by: What is compared with the float model: ``"model"`` (next-token distributions) or
             ``"block"`` (outputs of blocks, least squares, one block in memory at a time).
         learning_rate: The largest change of a vector's values per step, as a share of their root
@@ -45,7 +46,7 @@ class RefinementConfig(Settings):
     what = "refinement"
 
     steps: int = 64
-    train: tuple[str, ...] = ("vectors",)
+    train: tuple[str, ...] | Literal["auto"] = "auto"
     by: Literal["model", "block"] = "model"
     learning_rate: float = 0.025
     scales_learning_rate: float = 2.5e-4
@@ -70,7 +71,7 @@ class RefinementConfig(Settings):
             "patience",
         ):
             self._require_number(name, lambda n: n > 0, "a whole number above 0")
-        self._require_some("train", TRAIN)
+        self._require_some("train", TRAIN, or_auto=True)
         self._require(self.by in BY, "by", f"one of {BY}")
         precisions = ("no", "bf16")
         self._require(self.mixed_precision in precisions, "mixed_precision", f"one of {precisions}")
@@ -82,3 +83,10 @@ class RefinementConfig(Settings):
         if self.top_k is not None:
             self._require_number("top_k", lambda n: n > 0, "a whole number above 0, or None")
         self._require_number("seed", lambda n: n >= 0, "a whole number from 0 up")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What ``train`` comes to, where all of it can be trained."""
+        if self.train == "auto":
+            return TRAIN if self.by == "model" else ("vectors",)
+        return self.train

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm.auto import tqdm
 
 from ..errors import BiasCompensationError
 from ..models.forwards import ReplacedForward
@@ -23,13 +24,17 @@ from ..models.integers import (
     overwrite,
     stored_scales,
 )
-from ..models.modules import device_of
+from ..models.modules import device_of, dtype_of
 from ..models.offloaded import lent
 from .parameters import Trained
 
 NO_SCALES = (
     "{} has no linear with integers and scales, so there are no scales to train. GPTQ, AWQ (gemm) "
     "and compressed-tensors (pack-quantized) have such; leave scales out of train."
+)
+OFFLOADED = (
+    "the norm {} is offloaded, and its weight cannot be trained; leave norms out of train, or load "
+    "the model whole."
 )
 
 
@@ -167,6 +172,29 @@ def norms_of(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def trainable(
+    kinds: Sequence[str],
+    model: nn.Module,
+    name: str,
+    copy_to_run: Callable[[nn.Module], nn.Module],
+) -> tuple[str, ...]:
+    """Those kinds that a model lets be trained; why others are not is told.
+
+    Args:
+        name: Path of a block, which stands for all.
+    """
+    block = model.get_submodule(name)
+    pair, dtype = {name: (copy_to_run(block), block)}, dtype_of(model)
+    found = []
+    for kind in kinds:
+        try:
+            with trained_weights([kind], pair, {name: block}, dtype, copy_to_run):
+                found.append(kind)
+        except BiasCompensationError as error:
+            tqdm.write(f"{kind} stay as they are: {error}")
+    return tuple(found)
+
+
 @contextmanager
 def trained_weights(
     kinds: Sequence[str],
@@ -188,8 +216,8 @@ def trained_weights(
         By the name of the tensor that each is to become: of a linear's scales ``<path>.scales``.
 
     Raises:
-        BiasCompensationError: there is nothing of a kind, or a linear's scales cannot be told from
-            its integers.
+        BiasCompensationError: there is nothing of a kind, a linear's scales cannot be told from its
+            integers, or a norm is offloaded.
     """
     found: dict[str, Trained] = {}
     with ExitStack() as stack:
@@ -206,6 +234,8 @@ def trained_weights(
         if "norms" in kinds:
             for name, module in around.items():
                 for path, norm in norms_of(module).items():
+                    if norm.weight.is_meta:
+                        raise BiasCompensationError(OFFLOADED.format(f"{name}.{path}"))
                     forward = NormForward(norm)
                     stack.callback(forward.undo, norm)
                     full = f"{name}.{path}" if name else path

@@ -29,8 +29,8 @@ def test_integers_follow_each_other_from_the_lowest_bits_on(bits):
 def test_four_bits_are_packed_that_way():
     rows = [integers(4, 16, seed) for seed in range(2)]
     expected = torch.stack([words(row, 4) for row in rows])
-    assert torch.equal(pack(torch.tensor(rows), dim=1), expected)
-    assert torch.equal(pack(torch.tensor(rows).T, dim=0), expected.T)
+    assert torch.equal(pack(torch.tensor(rows), 4, dim=1), expected)
+    assert torch.equal(pack(torch.tensor(rows).T, 4, dim=0), expected.T)
     assert (expected < 0).any()  # one with its highest bit set
 
 

@@ -53,7 +53,7 @@ def _with_little_room(folder, size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     model, quantized = compensated()
     try:
-        refine(quantized, model, folder / "run")
+        refine(quantized, model, folder / "run", train="vectors")
     except BiasCompensationError as error:
         raise SystemExit("cannot be written" not in str(error)) from error
     raise SystemExit(2)
