@@ -130,7 +130,8 @@ class Measurement:
         """Go on from the closed form with positions=1."""
         data = real.calibration_windows(self.tokenizer, LENGTH, REFINED_SAMPLES)
         share = HELD_OUT / REFINED_SAMPLES
-        config = RefinementConfig(steps=STEPS, evaluate_every=STEPS, held_out=share)
+        settings = {"steps": STEPS, "evaluate_every": STEPS, "held_out": share}
+        config = RefinementConfig(train="vectors", **settings)
         if model.dtype == torch.float16:  # too coarse to train in
             model = AutoModelForCausalLM.from_pretrained(self.folder(), dtype=torch.float32)
         floats = bc_plugin.record_float_logits(

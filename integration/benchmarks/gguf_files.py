@@ -73,7 +73,8 @@ def main() -> None:
     imatrix = FOLDER / f"imatrix-{options.calibrated}-{options.length}.npz"
     if not imatrix.exists():
         write_imatrix(float_model, few, imatrix)
-    config = RefinementConfig(steps=options.steps, held_out=HELD_OUT / options.trained)
+    share = HELD_OUT / options.trained
+    config = RefinementConfig(steps=options.steps, train="vectors", held_out=share)
     # Once for all files; what is there of the same model and data is kept.
     logits = bc_plugin.record_float_logits(float_model, data, config, folder=FOLDER / "logits")
     refinement = logits, data, config
