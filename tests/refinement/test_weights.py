@@ -6,11 +6,16 @@ import pytest
 import torch
 from helpers.grouped import GroupedLinear, grouped
 from helpers.language import crudely_quantized, tiny_model, token_batches
-from helpers.refinement import CALIBRATION, SETTINGS, refine
+from helpers.refinement import CALIBRATION, SETTINGS, compensated, refine
 from torch import nn
 
 import bc_plugin
-from bc_plugin import BiasCompensationError, Compensation, RefinementConfig
+from bc_plugin import (
+    BiasCompensationConfig,
+    BiasCompensationError,
+    Compensation,
+    RefinementConfig,
+)
 from bc_plugin.models.integers import integer_weights
 from bc_plugin.refinement.train import Training
 from bc_plugin.refinement.weights import NormForward, ScaledForward, norms_of
@@ -186,3 +191,29 @@ def test_what_has_no_scales_says_so():
 def test_what_cannot_be_trained(train):
     with pytest.raises(BiasCompensationError, match=r"refinement: train=.*any of .*'scales'"):
         RefinementConfig(**{**SETTINGS, "train": train})
+
+
+def test_unless_told_what_can_be_trained_is(capsys):
+    model, quantized = _compensated()
+    found = refine(quantized, model, steps=1)
+    assert found.refined["train"] == ["vectors", "scales", "norms"]
+    assert "stay as they are" not in capsys.readouterr().out
+    model, quantized = compensated()
+    assert refine(quantized, model, steps=1).refined["train"] == ["vectors", "norms"]
+    assert "scales stay as they are: model.layers.0 has no linear" in capsys.readouterr().out
+    with pytest.raises(BiasCompensationError, match="no linear with integers and scales"):
+        refine(quantized, model, steps=1, train=("vectors", "scales", "norms"))
+
+
+def test_by_block_vectors_alone_are():
+    model, quantized = _compensated()
+    assert refine(quantized, model, steps=1, by="block").refined["train"] == ["vectors"]
+
+
+@pytest.mark.parametrize("kind", [RefinementConfig, BiasCompensationConfig])
+def test_auto_is_a_setting_of_its_own(kind):
+    name = "train" if kind is RefinementConfig else "refine_train"
+    for given in ("auto", ["auto"]):
+        assert getattr(kind(**{name: given}), name) == "auto"
+    with pytest.raises(BiasCompensationError, match=f"{name}="):
+        kind(**{name: ("auto", "norms")})
