@@ -1,4 +1,4 @@
-"""Vectors trained against the float model, from the closed form on; weights stay as they are."""
+"""Vectors, scales and norms trained against the float model, from the closed form on."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def refine(
     *,
     folder: str | Path | None = None,
 ) -> Compensation:
-    """Train the vectors of a compensated model; the new ones take the old ones' place.
+    """Train a compensated model; new vectors, scales and norms take the old ones' place.
 
     Args:
         model: Compensated, with its vectors attached.
@@ -57,7 +57,8 @@ def refine(
             nothing.
 
     Returns:
-        The new compensation, of the same shapes and types. On held-out sequences it is at least as
+        The new compensation, of the same shapes and types. Where scales or norms were trained, it
+        belongs to the model as it is now: ``Compensation.save`` alone does not hold them. On held-out sequences it is at least as
         good as the old one.
 
     Raises:

@@ -70,7 +70,7 @@ class PackedIntegers:
 
     Attributes:
         words: The toolkit's own tensor.
-        zeros: int32 (out_features, groups); some kernels' zero points are these.
+        zeros: What the kernel takes from each integer, int32 (out_features, groups).
         groups: The group of each input channel, int64 (in_features,).
     """
 
@@ -158,7 +158,7 @@ def _candidates(shape: tuple[int, int], inputs: int, outputs: int) -> Iterator[P
 
 
 def _zeros(found: Tensor, weight: IntegerWeight) -> Tensor | None:
-    """What each group has to be less, int32 (out_features, groups); None if it is no one number."""
+    """What is taken from the integers of each group; None if that is not one number."""
     apart = found - weight.integers
     zeros = apart.new_zeros(weight.stored.shape)
     zeros[:, weight.groups] = apart

@@ -85,13 +85,16 @@ def chosen_again(
         packed.low,
         packed.high,
         quantized.groups,
-        covariance,
+        covariance.to(weight.device),
         quantized.stored.dtype,
     )
     scales = scales.double()
     if torch.equal(integers, quantized.integers.float()) and torch.equal(scales, quantized.scales):
         return None
-    if apart is not None and change_of_error(weight, quantized, apart, scales, integers) >= 0:
+    if apart is None:
+        return integers, scales
+    apart = apart.to(weight.device)
+    if change_of_error(weight, quantized, apart, scales, integers) >= 0:
         return None
     return integers, scales
 

@@ -31,9 +31,9 @@ from .joint import entry_to_save, mark_joint, saved_without
 from .settings import read_settings
 
 SCALES_ELSEWHERE = (
-    "these vectors belong to a model whose scales were fitted with them, and Compensation.save "
-    "writes vectors alone: save the model, too, with its save_pretrained. The checkpoint it was "
-    "made of has other scales, and these vectors do not belong to it."
+    "these vectors belong to a model whose scales, norms or integers were fitted with them, and "
+    "Compensation.save writes vectors alone: save the model, too, with its save_pretrained. The "
+    "checkpoint it was made of has others, and these vectors do not belong to it."
 )
 
 

@@ -55,8 +55,8 @@ class Contents:
         digest: Of the quantized weights that the vectors belong to.
         float_weights: What tells their scales, norms and biases apart, a text per block.
         joint: Whether the quantizer knew that they would follow, and minimised what they leave.
-        scales: Whether the scales of quantized linears were fitted with them, in the model's own
-            tensors.
+        scales: Whether scales of quantized linears, their integers, or norms were fitted with them,
+            in the model's own tensors.
         refined: How they were trained after the closed form, which ``errors`` are of: ``by``,
             ``steps``, and the loss ``before`` and ``after`` on held-out sequences. None if not.
         seconds: How long computing them took; None when they were loaded.
