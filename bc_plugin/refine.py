@@ -58,8 +58,8 @@ def refine(
 
     Returns:
         The new compensation, of the same shapes and types. Where scales or norms were trained, it
-        belongs to the model as it is now: ``Compensation.save`` alone does not hold them. On held-out sequences it is at least as
-        good as the old one.
+        belongs to the model as it is now: ``Compensation.save`` alone does not hold them. On
+        held-out sequences it is at least as good as the old one.
 
     Raises:
         BiasCompensationError: the model is not compensated, the float model is not the one that it
