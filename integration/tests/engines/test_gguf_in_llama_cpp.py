@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 pytest.importorskip("gguf", reason="needs the gguf extra")
+pytest.importorskip("gptqmodel", reason="needs the current environment's tokenizers")
 
 from rig.engines import with_llama_cpp
 
