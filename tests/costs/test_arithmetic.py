@@ -113,7 +113,7 @@ def test_work(shapes):
     chosen = work.pass_work(shapes, BiasCompensationConfig(integers=True), 96, 16)[1]
     turn = 7 * 3 * (32**2 * (OUTPUTS - 32) + 48**2 * 32)  # down_proj has 48 inputs, others 32
     assert chosen == scaled + 4 * turn
-    settings = RefinementConfig(steps=16, gradient_checkpointing=True)
+    settings = RefinementConfig(steps=16, train="vectors", gradient_checkpointing=True)
     passes, found = work.refinement_work(shapes, settings, held_out=32, batch=96, length=16)
     head = 2 * 96 * 32 * 96
     # Three runs of each of 16 batches; a third of a batch before, and after 8 and 16 steps.

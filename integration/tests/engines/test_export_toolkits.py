@@ -183,4 +183,4 @@ def test_integers_are_what_gptqmodel_packed(bits, layout):
 def test_packing_is_unpacked_again():
     values = torch.randint(16, (64, 24), generator=torch.Generator().manual_seed(0))
     for dim in (0, 1):
-        assert torch.equal(unpack(pack(values, dim=dim), 4, dim=dim), values)
+        assert torch.equal(unpack(pack(values, 4, dim=dim), 4, dim=dim), values)

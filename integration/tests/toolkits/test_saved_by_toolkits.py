@@ -184,7 +184,7 @@ def test_the_command_line_writes_the_files_own_weights(
     data = tmp_path / "text.txt"
     data.write_text("\n".join(text(sequences(12))))
     source = folders / ("plain" if command == "compensate" else "compensated")
-    more = ["--steps", "2"] if command == "refine" else []
+    more = ["--steps", "2", "--train", "vectors"] if command == "refine" else []
     out = tmp_path / "out"
     arguments = [command, source, folders / "float", out, "--dataset", data, "--length", 24, *more]
     CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
