@@ -57,7 +57,8 @@ def test_a_checkpoint_goes_through_all_commands(folder, tmp_path, bits, sym):
     assert refined.refined["after"] <= refined.refined["before"]
     expected = _logits(tmp_path / "refined")
     bc_plugin.disable()
-    tolerance = 0.01 * (expected - _logits(tmp_path / "plain")).norm()
+    # Training may come to what needs no vectors.
+    tolerance = 0.01 * (expected - _logits(tmp_path / "plain")).norm() + 1e-6 * expected.norm()
     for engine in ("transformers", "vllm"):  # nothing has to be widened for vLLM
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / engine)
         (scheme,) = loaded.config.quantization_config.quantization_config.config_groups.values()
