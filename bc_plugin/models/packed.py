@@ -106,12 +106,16 @@ def in_order(columns: Tensor) -> Tensor:
     return words[..., torch.tensor(AWQ_ORDER).argsort()].reshape(columns.shape)
 
 
-def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
-    """Integers from 32-bit words in which they follow each other along ``dim``; int32."""
+def unpack(packed: Tensor, bits: int, dim: int, padded: bool = False) -> Tensor:
+    """Integers from 32-bit words in which they follow each other along ``dim``; int32.
+
+    Args:
+        padded: As ``pack`` has it.
+    """
     words = packed.movedim(dim, 0)
     ones = [1] * (words.dim() - 1)
-    if WORD % bits == 0:
-        shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=packed.device)
+    if padded or WORD % bits == 0:
+        shifts = bits * torch.arange(WORD // bits, dtype=torch.int32, device=packed.device)
         values = (words[:, None] >> shifts.view(-1, *ones)) & (2**bits - 1)
         return values.flatten(0, 1).movedim(0, dim)
     words = words.long() & 0xFFFFFFFF

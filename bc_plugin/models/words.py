@@ -43,11 +43,7 @@ class Packing:
 
     def unpacked(self, words: Tensor, inputs: int) -> Tensor:
         """Integers from 0 up, int32 (out_features, in_features)."""
-        if self.padded:
-            shifts = torch.arange(WORD // self.bits, device=words.device, dtype=words.dtype)
-            found = (words[..., None] >> shifts * self.bits & (2**self.bits - 1)).flatten(1)
-        else:
-            found = unpack(words, self.bits, self._dim)
+        found = unpack(words, self.bits, self._dim, self.padded)
         if not self.by_inputs:
             found = in_order(found)
         found = found.T if self.inputs_first else found
@@ -55,13 +51,12 @@ class Packing:
 
     def packed(self, integers: Tensor) -> Tensor:
         """The words, of ``integers`` as ``unpacked`` gives them."""
-        values = (integers.T if self.inputs_first else integers).long()
+        values = integers.T if self.inputs_first else integers
         if not self.by_inputs:
             values = values.view(len(values), -1, len(AWQ_ORDER))[..., list(AWQ_ORDER)].flatten(1)
-        if not self.padded:
-            return pack(values, self.bits, self._dim)
-        values = nn.functional.pad(values, (0, -values.shape[1] % (WORD // self.bits)))
-        return pack(values, self.bits, self._dim, padded=True)
+        if self.padded:
+            values = nn.functional.pad(values, (0, -values.shape[1] % (WORD // self.bits)))
+        return pack(values, self.bits, self._dim, self.padded)
 
 
 @dataclass(frozen=True)

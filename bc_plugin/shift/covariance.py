@@ -120,6 +120,7 @@ def input_covariances(
     stream: Sequence[BlockCalls],
     positions: int,
     rescaling: Rescaling,
+    leading: bool,
 ) -> dict[str, InputCovariance]:
     """Run the float block, and look at what the linears of the quantized one would be given.
 
@@ -130,6 +131,7 @@ def input_covariances(
         stream: What the block is called with.
         positions: Number of leading positions with a vector of their own.
         rescaling: The scales that were moved within the block.
+        leading: Whether tokens with a vector of their own are looked at, too.
 
     Returns:
         By path, for those that tokens come to; linears that are given the same share one.
@@ -161,9 +163,9 @@ def input_covariances(
                 moved = rescaling.input_of(path, inputs).flatten(0, -2)
                 shared = ((index >= 0) & (rows == set_apart)).to(moved.device)
                 found[path].update(moved[shared], current.apart)
-                leading = (rows < set_apart).to(moved.device)
-                if not current.apart and bool(leading.any()):
-                    found[path].lead(moved[leading])
+                first = (rows < set_apart).to(moved.device)
+                if leading and not current.apart and bool(first.any()):
+                    found[path].lead(moved[first])
 
         return hook
 

@@ -17,7 +17,7 @@ from ..models.mixers import convolved_linears
 from ..models.words import PackedIntegers, mark_chosen, packed_integers
 from ..ranks import wait_for_all
 from ..vectors.weights import forget_floats, forget_weights
-from .covariance import InputCovariance, input_covariances
+from .covariance import input_covariances
 from .descent import chosen_again
 from .messages import NOTHING_TO_FIT, about_left
 from .rescaling import Rescaling
@@ -104,12 +104,14 @@ class FittedWeights:
         linears = [path for path in linears if path not in without_vectors]
         weights = integer_weights(block, linears, self.copy_to_run, dtype)
         packed = {path: self._packed(f"{name}.{path}", block, path, weights) for path in weights}
-        given = input_covariances(name, number, reference, linears, stream, positions, rescaling)
+        given = input_covariances(
+            name, number, reference, linears, stream, positions, rescaling, self.integers
+        )
         known: dict[int, tuple[Tensor, Tensor | None]] = {}
         fitted: dict[str, _Found] = {}
         for path, inputs in given.items():
             if id(inputs) not in known:
-                known = {id(inputs): (self._covariance(inputs), inputs.apart())}
+                known = {id(inputs): (inputs.with_leading(), inputs.apart())}
             target = _target(reference.get_submodule(path), rescaling.inputs.get(path))
             target = target.to(weights[path].stored.device)
             found = _best(target, weights[path], packed[path], *known[id(inputs)])
@@ -130,9 +132,6 @@ class FittedWeights:
         if not self.integers:
             return None
         return packed_integers(name, block.get_submodule(path), weights[path])
-
-    def _covariance(self, inputs: InputCovariance) -> Tensor:
-        return inputs.with_leading() if self.integers else inputs.fitted()
 
     def conclude(self, model: nn.Module) -> set[str]:
         """The linears of ``model`` that have changed; those that stay as they are are told.
